@@ -31,7 +31,8 @@ PREFIX = "safepool-test-"
 PERIOD_US = 100_000
 
 _CONTROLLERS = ("cpu", "memory", "pids")
-_REPOSITORY = Path(__file__).resolve().parent.parent
+_TESTS = Path(__file__).resolve().parent
+_REPOSITORY = _TESTS.parent
 _REMOVE_SECONDS = 30.0
 _number = itertools.count()
 
@@ -112,7 +113,7 @@ class ControlGroup:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **self.environ, "PYTHONPATH": str(_REPOSITORY)},
+            env={**os.environ, **self.environ, "PYTHONPATH": f"{_REPOSITORY}:{_TESTS}"},
         )
 
     def run(self, code: str, *arguments: str, before: str = ":", timeout_s: float = 60) -> str:

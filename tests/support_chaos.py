@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 import leaks
 from support_cgroups import ControlGroup, control_group, without_control_groups
+from support_inside import ready_pids
 from support_tasks import append_line
 
 from safepool import ProcessPool
@@ -584,7 +585,7 @@ def _moments(over: threading.Event, rng: random.Random, most_s: float) -> Iterab
 
 def _ready(pool: ProcessPool) -> list[int]:
     # Only those that have begun to work: three in a row that have not break the pool.
-    return [worker.pid for worker in pool._scheduler.workers() if worker.ready]
+    return ready_pids(pool)
 
 
 def _signal(pid: int, number: int) -> None:

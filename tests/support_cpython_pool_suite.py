@@ -18,6 +18,7 @@ import unittest
 from typing import Any
 
 import support_cpython_suite
+import support_inside
 
 import safepool
 
@@ -45,7 +46,7 @@ class Pool(safepool.Pool):
         super().__init__(processes, *args, **keywords)
 
     def _repopulate_pool(self) -> None:
-        self._engine._scheduler.staff_up()
+        support_inside.start_all(self._engine)
 
 
 # At the top level, so that a worker has the classes as well: some of their methods run there.

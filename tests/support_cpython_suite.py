@@ -21,6 +21,8 @@ import unittest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import support_inside
+
 import safepool
 from safepool.workers import forkserver
 
@@ -57,7 +59,7 @@ class Pool(safepool.ProcessPool):
 
     @property
     def _executor_manager_thread(self) -> Any:
-        return self._scheduler._thread
+        return support_inside.thread_of(self)
 
 
 def install(on_worker_death: str) -> None:

@@ -34,7 +34,7 @@ NODE_B = {"SLURM_CPUS_PER_TASK": "1"}
 _HEAD = """
 import json, os, signal, sys, time
 from distributed import Client
-import safepool
+import safepool, support_inside as inside
 from safepool.cluster import ClusterPool, NodeLostError, NoNodesError
 
 def told(**facts):
@@ -207,7 +207,7 @@ class DaskCluster:
             stdout=subprocess.PIPE,
             text=True,
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": f"{_REPOSITORY}:{_REPOSITORY / 'tests'}"},
         )
 
     def run(self, code: str, *arguments: str) -> dict[str, Any]:

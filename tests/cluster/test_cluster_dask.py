@@ -115,10 +115,8 @@ with Client(sys.argv[1]) as client:
         array = np.ones(1 << 19)
         told(large=pool.submit(total, array, 2).result(), back=float(pool.submit(np.ones, 1 << 19).result().sum()))
         told(repeated=[pool.submit(changed, array, n).result() for n in range(4)], same=float(array.sum()))
-        kept = [one.kept for one in pool._scheduler._nodes.values()]
-        told(sent_once=max(len(one) for one in kept))
-        reached = pool._scheduler._carrier._reached
-        await_(lambda: all(reached[node.place][0] for node in pool.nodes()), "messages go to the workers")
+        told(sent_once=max(len(kept) for kept, _ in inside.kept_by_nodes(pool)))
+        await_(lambda: inside.reaches_all_nodes(pool), "messages go to the workers")
         told(directly=pool.submit(total, np.ones(1 << 18), 3).result())
         shared = safepool.share(array)
         told(shared=[pool.submit(total, shared, n).result() for n in range(4)])

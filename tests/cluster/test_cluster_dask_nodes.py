@@ -162,7 +162,7 @@ class Counted:
         return self.carrier.submit(*args)
 
 with ClusterPool(client, nodes=[place_a, place_b]) as pool:
-    counted = pool._scheduler._carrier = Counted(pool._scheduler._carrier)
+    counted = inside.put_before_carrier(pool, Counted)
     pool.submit(abs, 1).result()
     await_(lambda: len(pool.nodes()) == 2, "both nodes")
     told(tiny=list(pool.map(tiny, [-1] * 3000)) == [-1] * 3000, messages_are_few=counted.count < 1500)

@@ -14,6 +14,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support_inside import (
+    kept_by_nodes,
+    listed_places,
+    room_of,
+    unused_places,
+    wait_for_answers,
+)
 from support_processes import wait_until
 
 import safepool
@@ -209,7 +216,7 @@ def test_the_versions_of_a_node_that_is_not_named_do_not_matter(
     answer = REFUSALS["another protocol"][0]
     pool = pool_of(Engine(greet=answer), nodes=["other"], no_nodes_timeout=None)
     future = pool.submit(abs, 1)
-    wait_until(lambda: "not one of nodes=" in pool._scheduler.unused_places().get("p", ""))
+    wait_until(lambda: "not one of nodes=" in unused_places(pool).get("p", ""))
     assert not future.done()
     assert caplog.messages == []
 
@@ -228,8 +235,8 @@ def test_a_refusal_counts_if_its_node_is_named(pool_of: Callable[..., ClusterPoo
     for answer in (REFUSALS["no safepool"][0], wrong):
         pool = pool_of(Engine(greet=answer), nodes=["other"], no_nodes_timeout=None)
         future = pool.submit(abs, 1)
-        wait_until(lambda pool=pool: "odule" in pool._scheduler.unused_places().get("p", ""))
-        pool._scheduler.wait_for_answers(60)  # the refusal has had its effect
+        wait_until(lambda pool=pool: "odule" in unused_places(pool).get("p", ""))
+        wait_for_answers(pool)  # the refusal has had its effect
         assert not future.done()
 
 
@@ -328,7 +335,7 @@ def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) 
     for _ in range(2):  # it stays broken, when the engine is there again
         with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
             pool.submit(abs, 1).result(30)
-        wait_until(lambda: pool._scheduler._listed == ("p",))
+        wait_until(lambda: listed_places(pool) == ("p",))
     assert pool.nodes() == ()
 
 
@@ -398,10 +405,7 @@ def test_a_worker_of_a_node_holds_more_work_than_one_of_a_pool() -> None:
     ten_ms = 10_000_000
     node_pool = agent.NodePool({"max_workers": 1})
     with safepool.ProcessPool(1) as pool, node_pool.pool as of_node:
-        paces = [one._scheduler._core.pace for one in (of_node, pool)]
-    for pace in paces:
-        pace.note("f", ten_ms)
-    assert [pace.room("f", ten_ms, idle=False) for pace in paces] == [3, 0]
+        assert [room_of(one, ten_ms) for one in (of_node, pool)] == [3, 0]
 
 
 def test_a_large_argument_is_sent_to_a_node_once(pool_of: Callable[..., ClusterPool]) -> None:
@@ -443,9 +447,9 @@ def test_a_node_keeps_what_was_used_last(
         wait_until(lambda: len(engine.messages) > before)
         message: DeliverMessage = engine.messages[-1].value()
         keys.append(message.calls[0].large[0][1])
-        (node,) = pool._scheduler._nodes.values()
         # What it may forget is told with the next message.
-        return [*node.kept], [*node.forget]
+        (node,) = kept_by_nodes(pool)
+        return node
 
     assert send(0) == (keys, [])
     assert send(1) == (keys, [])

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_coroutines as coroutines
+import support_inside as inside
 import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import PoolBrokenError, ProcessPool, WorkerDiedError
+from safepool.pool.shell.hiring import Hiring
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -171,7 +173,7 @@ def test_a_call_that_has_not_begun_is_dropped(pool: ProcessPool, tmp_path: Path)
         # it has done what it has found there before.
         for _ in range(2):
             pool.cancel(pool.submit(tasks.pid), kill=True)
-            await until(lambda: not pool._scheduler._inbox)
+            await until(lambda: inside.has_taken_all_in(pool))
         gate.touch()
         await asyncio.gather(*busy)
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -455,17 +457,16 @@ def test_a_loop_that_is_closed_while_calls_run(
 def test_the_first_call_waits_for_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting the first worker takes a server of its own, and imports."""
     went_on = threading.Event()
+    prepare = Hiring.prepare
+
+    def wait_and_prepare(hiring: Hiring) -> None:
+        assert went_on.wait(60)
+        prepare(hiring)
+
+    monkeypatch.setattr(Hiring, "prepare", wait_and_prepare)
 
     async def main() -> None:
         async with ProcessPool(1) as pool:
-            hiring = pool._scheduler._hiring
-            prepare = hiring.prepare
-
-            def wait_and_prepare() -> None:
-                assert went_on.wait(60)
-                prepare()
-
-            monkeypatch.setattr(hiring, "prepare", wait_and_prepare)
             first = asyncio.ensure_future(pool.run(tasks.square, 3))
             results = pool.amap(tasks.square, [4])
             await asyncio.sleep(0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import support_arrays as arrays
+import support_inside as inside
 import support_tasks as tasks
 from support_processes import kill, wait_until
 
@@ -38,13 +39,7 @@ def begun(folder: Path) -> int:
 
 
 def wait_until_full(pool: ProcessPool) -> None:
-    """Return when the workers have nothing to do, because nobody takes what they have done."""
-    scheduler = pool._scheduler
-    wait_until(
-        lambda: (
-            scheduler._core.backlog._held and all(worker.is_idle for worker in scheduler.workers())
-        )
-    )
+    wait_until(lambda: inside.waits_for_its_reader(pool))
 
 
 def test_a_map_waits_for_its_reader_and_all_results_come(tmp_path: Path) -> None:

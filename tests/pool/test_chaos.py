@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import support_machine as calls
 from support_chaos import ROUND_LIMIT_S, chaos
+from support_inside import ready_pids
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -59,7 +60,7 @@ class Killer(threading.Thread):
             if os.stat(self.log).st_size < next_bytes:
                 continue
             # Only those that have begun to work: three in a row that have not break the pool.
-            ready = [worker.pid for worker in self.pool._scheduler.workers() if worker.ready]
+            ready = ready_pids(self.pool)
             number = self.rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
             if ready:
                 self.kills += 1

@@ -21,6 +21,7 @@ from support_processes import run_python, still_alive, wait_until
 import safepool
 from safepool import ProcessPool
 from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.shell.loop import Loop
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -198,17 +199,17 @@ def test_a_worker_that_ends_after_its_last_task_costs_nobody(
 
     with ProcessPool(2, max_tasks_per_child=1) as pool:
         begun = pool.submit(tasks.wait_for, str(first))
-        step = pool._scheduler._step
+        step = Loop._step
 
-        def step_when_it_has_gone(staff: Staff) -> bool:
+        def step_when_it_has_gone(self: Loop, staff: Staff) -> bool:
             """Keep the scheduler's thread busy so long."""
             if begun.done() and not gone:
                 gone.extend(worker.pid for worker in staff if worker.ledger.owed)
                 second.touch()
                 wait_until(lambda: not still_alive(gone, after_s=0))
-            return step(staff)
+            return step(self, staff)
 
-        monkeypatch.setattr(pool._scheduler, "_step", step_when_it_has_gone)
+        monkeypatch.setattr(Loop, "_step", step_when_it_has_gone)
         last = pool.submit(answer_and_die, 1)
         wait_until(there.exists)
         first.touch()
@@ -466,26 +467,24 @@ def test_resize_refuses_a_float() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_dead_worker_does_not_end_a_program_that_dies_of_sigpipe() -> None:
+def test_a_dead_worker_does_not_end_a_program_that_dies_of_sigpipe(tmp_path: Path) -> None:
     """As scripts do that end quietly when their reader has left."""
     code = (
-        "import os, signal, time, safepool\n"
+        "import os, signal, time, safepool, support_inside as inside\n"
         "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
         "with safepool.ProcessPool(1) as pool:\n"
         "    pid = pool.submit(os.getpid).result()\n"
         "    os.kill(pid, signal.SIGSTOP)\n"
         "    while os.path.exists('/proc') and ' T ' not in open(f'/proc/{pid}/stat').read():\n"
         "        time.sleep(0.01)\n"
-        "    (worker,) = pool._scheduler.workers()\n"
+        "    (worker,) = inside.workers_of(pool)\n"
         "    future = pool.submit(len, bytes(20_000_000))\n"
         "    while getattr(worker.ledger.head, 'pickled', 0) is not None:  # handed over\n"
         "        time.sleep(0.01)\n"
         "    os.kill(pid, signal.SIGKILL)\n"
         "    print(type(future.exception(30)).__name__, pool.submit(abs, -1).result(30))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_python("-c", code, cwd=tmp_path)
 
     assert (done.stdout, done.returncode) == ("WorkerDiedError 1\n", 0)
 

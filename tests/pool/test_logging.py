@@ -446,9 +446,9 @@ def _is_resized(pool: ProcessPool) -> None:
     pool.resize(2)
 
 
-def _cannot_be_initialized(pool: ProcessPool) -> None:
-    pool._scheduler._hiring._initialize = (tasks.be_killed, ())
-    pool.submit(tasks.pid).exception(timeout=60)
+def _cannot_be_initialized(_: ProcessPool) -> None:
+    with ProcessPool(1, initializer=tasks.be_killed) as pool:
+        pool.submit(tasks.pid).exception(timeout=60)
 
 
 # One row per event: what happens, and what is logged of it from INFO on, in order; N stands for

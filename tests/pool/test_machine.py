@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+import support_inside as inside
 import support_machine as calls
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
@@ -189,7 +190,7 @@ class PoolMachine(RuleBasedStateMachine):
     def kill(self, which: int) -> None:
         """One of the last: it is likely to run."""
         call = self.calls[-1 - which % len(self.calls)]
-        call.killed = self.pool._scheduler.kill(call.future) or call.killed
+        call.killed = self.pool.cancel(call.future, kill=True) or call.killed
 
     @precondition(lambda self: self.calls)
     @rule(which=st.integers(0, 10**6))
@@ -230,9 +231,7 @@ class PoolMachine(RuleBasedStateMachine):
     # What is done to workers.
 
     def ready_workers(self) -> list[int]:
-        """Those that have begun to work: a few killed before that rightly break the pool."""
-        workers = self.pool._scheduler.workers()
-        return sorted(worker.pid for worker in workers if worker.ready)
+        return inside.ready_pids(self.pool)
 
     @rule(which=st.integers(0, 10**6), number=st.sampled_from([9, 9, 11, 15]))
     def strike_a_worker(self, which: int, number: int) -> None:
@@ -284,7 +283,7 @@ class PoolMachine(RuleBasedStateMachine):
         elif end == "cancel":
             self.pool.shutdown(wait=False, cancel_futures=True)
         elif end in ("terminate", "kill"):
-            self.pool._scheduler.shut_down(wait=False, end=end)
+            inside.end(self.pool, end, wait=False)
         joined = threading.Thread(target=self.pool.shutdown, daemon=True)
         joined.start()
         for run in self.runs:
@@ -300,7 +299,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.finish("wait")
         finally:
             if hasattr(self, "pool"):
-                self.pool._scheduler.shut_down(wait=True, end="kill")
+                inside.end(self.pool, "kill", wait=True)
             self.folder.cleanup()
 
     # What must have come of it.

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_inside as inside
 import support_tasks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -388,8 +389,8 @@ def test_a_chunk_whose_calls_have_something_in_common_is_not_divided(resized: bo
         return support_tasks.append_somewhere(found)
 
     with ProcessPool(2) as pool:
-        pool._scheduler.staff_up()
-        wait_until(lambda: sum(one.ready for one in pool._scheduler.workers()) == 2)
+        inside.start_all(pool)
+        wait_until(lambda: [one.state for one in pool.workers()] == ["idle"] * 2)
         results = pool.map(append_slowly, [[]] * 12, chunksize=4)
         first = next(results)
         if resized:

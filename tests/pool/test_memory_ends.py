@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 import pytest
+import support_inside as inside
 import support_logging
 import support_tasks as tasks
 from joblib import delayed
@@ -121,7 +122,7 @@ def test_a_sequential_call_of_joblib_says_that_it_has_no_limit() -> None:
 
 
 def private_bytes(pool: ProcessPool) -> int:
-    (worker,) = pool._scheduler.workers()
+    (worker,) = inside.workers_of(pool)
     assert worker.memory is not None
     return worker.memory.private_bytes() or 0
 
@@ -150,11 +151,10 @@ def test_what_a_fork_has_of_its_parent_does_not_count() -> None:
     ours = bytearray(b"x") * (200 * MIB)
     with ProcessPool(1, "fork", memory_limit=LIMIT) as pool:
         assert pool.submit(abs, -1).result(timeout=60) == 1
-        (worker,) = pool._scheduler.workers()
+        (worker,) = inside.workers_of(pool)
         assert worker.gauge is not None
         assert worker.gauge.born_bytes > len(ours)
-        watch = pool._scheduler._memory
-        assert watch is not None
+        watch = inside.memory_watch_of(pool)
         assert watch.next_look([worker]) is None  # it runs nothing
         assert not watch.has_outgrown(worker)
         assert len(pool.workers()) == 1

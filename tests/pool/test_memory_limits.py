@@ -397,14 +397,14 @@ with safepool.ProcessPool(1) as pool:
 def test_small_results_that_wait_for_their_reader_are_not_computed_ahead_of_it() -> None:
     """And all come. Each of the two takes more than the group has."""
     printed = run_small("""
+import support_inside as inside
 def text(number): return b"%d" % number + b"x" * 10_000
 def parts(number): return [(number, n, str(n)) for n in range(100)]
 with safepool.ProcessPool(2) as pool:
     for function, items in ((text, range(16_000)), (parts, iter(range(16_000)))):
         results = pool.map(function, items)
         assert next(results) == function(0)
-        workers, backlog = pool._scheduler.workers, pool._scheduler._core.backlog
-        while not backlog._held or any(not one.is_idle for one in workers()):
+        while not inside.waits_for_its_reader(pool):
             time.sleep(0.01)
         assert sum(1 for result in results) == 15_999
     print("survived")

@@ -15,7 +15,7 @@ from support_processes import wait_until
 
 from safepool import OutOfMemory, ProcessPool, WorkerDiedError
 from safepool.limits import OutOfMemoryCount
-from safepool.pool.shell import oom
+from safepool.pool.shell import loop, oom
 from safepool.pool.shell.oom import OutOfMemoryWatch
 
 real = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
@@ -233,8 +233,9 @@ def test_the_kernel_is_not_named_for_what_it_took_long_before(
     monkeypatch.setattr(oom, "_LOOK_S", 0.02)
     monkeypatch.setattr(oom, "_CLAIM_S", 0.1)
     groups = Groups()
+    watch = OutOfMemoryWatch(groups.read)
+    monkeypatch.setattr(loop, "OutOfMemoryWatch", lambda: watch)
     with ProcessPool(1) as pool:
-        pool._scheduler._oom = watch = OutOfMemoryWatch(groups.read)
         pool.submit(abs, -1).result(timeout=30)
         future = pool.submit(time.sleep, 60)
         while not (future.running() and pool.workers()[0].task):

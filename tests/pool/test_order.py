@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import support_inside as inside
 import support_tasks as tasks
 from support_processes import wait_until
 
@@ -214,7 +215,7 @@ def test_a_call_that_is_pickled_late_is_not_kept(gate: threading.Event) -> None:
         with ProcessPool(1) as pool:
             future = pool.submit(abs, beside(3, lambda: (reached.set(), gate.wait())))
             assert reached.wait(30)
-            wait_until(lambda: bool(pool._scheduler._dispatch.aside))
+            wait_until(lambda: inside.has_calls_aside(pool))
             gate.set()
             assert future.result(timeout=30) == 3
             gone = weakref.ref(future)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_inside as inside
 import support_tasks as tasks
 from support_processes import wait_until
 
@@ -31,7 +32,6 @@ from safepool.pool.shell import hiring, scheduler
 from safepool.pool.shell.dispatch import Dispatch, Packing
 from safepool.pool.shell.hiring import Hiring
 from safepool.pool.shell.listener import Listener
-from safepool.workers.describe import name_of
 
 if sys.platform != "win32":
     import fcntl
@@ -64,25 +64,24 @@ def wait_for_state(pid: int, states: str) -> None:
 
 def make_known(pool: ProcessPool, *functions: Callable[..., Any]) -> None:
     """Let the pool think that calls of these are short, so that it sends them ahead."""
-    for function in functions:
-        pool._scheduler._core.pace.note(name_of(function), 50_000)
+    inside.expect(pool, 50_000, *functions)
 
 
 def has_begun(pool: ProcessPool) -> bool:
     """Tell whether a worker has begun a call, and not only been sent one."""
-    boards = [worker.board for worker in pool._scheduler.workers()]
+    boards = [worker.board for worker in inside.workers_of(pool)]
     return any(board.began > 0 for board in boards)
 
 
 def has_begun_what_it_owes(pool: ProcessPool, count: int) -> bool:
     """Tell whether a worker has begun the first of so many calls."""
-    owing = [worker for worker in pool._scheduler.workers() if worker.ledger.owed == count]
+    owing = [worker for worker in inside.workers_of(pool) if worker.ledger.owed == count]
     return any(worker.board.began > worker.ledger.last - count for worker in owing if worker.board)
 
 
 def staff_fully(pool: ProcessPool, size: int) -> set[int]:
     """Return the ids of this many workers, all ready."""
-    while sum(worker.ready for worker in pool._scheduler.workers()) < size:
+    while len(inside.ready_pids(pool)) < size:
         for future in [pool.submit(tasks.pid_after, 0.02) for _ in range(2 * size)]:
             future.result(timeout=30)
     return set(pool._processes)
@@ -125,7 +124,7 @@ def test_an_answer_under_way_is_read_when_the_next_task_meets_a_dead_worker(
         wait_until(answered.running)
         first.touch()
         assert gate.reached.wait(30)
-        (busy,) = (worker for worker in pool._scheduler.workers() if worker.ledger.owed)
+        (busy,) = (worker for worker in inside.workers_of(pool) if worker.ledger.owed)
         second.touch()
         wait_until(lambda: unread_bytes(busy) > 20_000)
         os.kill(busy.pid, signal.SIGKILL)
@@ -167,7 +166,7 @@ def test_what_was_sent_ahead_is_cancelled_when_the_workers_are_ended(
         results = pool.map(tasks.sleep_and_return, [0.0] * 8)
         while not (futures[-1].running() and has_begun(pool)):
             time.sleep(0.001)
-        pool._scheduler.shut_down(wait=True, end="terminate")
+        inside.end(pool, "terminate", wait=True)
 
         assert isinstance(running.exception(timeout=0), WorkerDiedError)
         assert all(future.cancelled() for future in futures)
@@ -195,8 +194,8 @@ def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
         pool.shutdown(wait=False, cancel_futures=True)
         monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 1)
         gate.open.set()
-        pool._scheduler.wake()  # it looks again, though it may have looked just before
-        wait_until(lambda: sum(one.ledger.owed for one in pool._scheduler.workers()) == 1)
+        inside.wake(pool)
+        wait_until(lambda: sum(one.ledger.owed for one in inside.workers_of(pool)) == 1)
         first.touch()
 
         assert next(results) is None
@@ -213,7 +212,7 @@ def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> Non
             large = pool.submit(len, bytes(20_000_000))
             while not large.running():
                 time.sleep(0.001)
-            assert pool._scheduler.kill(large)
+            assert pool.cancel(large, kill=True)
             time.sleep(0.1)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -240,7 +239,7 @@ def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
         after = [pool.submit(tasks.sleep_and_return, 0.1, n) for n in range(4)]
 
         assert [future.result(timeout=30) for future in slow + after] == 2 * [*range(4)]
-        assert len(pool._scheduler.workers()) == 2
+        assert len(pool.workers()) == 2
 
     assert isinstance(error, WorkerDiedError)
     assert error.exitcode == 3
@@ -283,7 +282,7 @@ def test_a_worker_that_could_not_be_sent_its_initializer_is_replaced(
     monkeypatch.setattr(Dispatch, "initialize", initialize_late)
     with ProcessPool(1, trace=tmp_path / "run.json" if trace else None) as pool:
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
-        assert refused[0] not in pool._scheduler.workers()
+        assert refused[0] not in inside.workers_of(pool)
 
 
 @on_linux
@@ -301,8 +300,7 @@ def test_a_map_may_be_left_while_a_large_item_is_copied(monkeypatch: pytest.Monk
         pid, _ = next(results)
         assert gate.reached.wait(30)
         results.close()  # type: ignore[attr-defined]
-        while pool._scheduler._dropped_runs:
-            time.sleep(0.001)
+        wait_until(lambda: inside.knows_who_has_left(pool))
         gate.open.set()
 
         assert pool.submit(tasks.pid).result(timeout=30) == pid
@@ -324,7 +322,7 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced(tmp_path: Pa
         ready.touch()
         pid = first.result(timeout=30)
         wait_for_state(pid, "T")
-        (worker,) = pool._scheduler.workers()
+        (worker,) = inside.workers_of(pool)
         wait_until(lambda: not worker.ledger.owed)
         os.kill(pid, signal.SIGCONT)
 
@@ -450,7 +448,7 @@ def test_short_tasks_are_not_sent_behind_a_long_one_again_and_again() -> None:
         long = pool.submit(time.sleep, 2)
         short = [pool.submit(tasks.sleep_and_return, 0.0002, n) for n in range(4000)]
         assert [future.result(timeout=60) for future in short] == [*range(4000)]
-        sent = sum(worker.ledger.last for worker in pool._scheduler.workers())
+        sent = sum(worker.ledger.last for worker in inside.workers_of(pool))
         long.result(timeout=60)
 
     assert sent < 8000
@@ -485,7 +483,7 @@ def test_a_pool_whose_thread_cannot_be_had_while_others_wait_for_it(
             assert reached.wait(30)
             for thread in waiting[1:]:
                 thread.start()
-            wait_until(lambda: pool._scheduler._closing is closed)
+            wait_until(lambda: inside.is_closed(pool) is closed)
             refuse.set()
             for thread in waiting:
                 thread.join(30)

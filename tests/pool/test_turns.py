@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_inside as inside
 import support_tasks as tasks
 from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
 from support_processes import run_script
@@ -35,9 +36,9 @@ from safepool.pool.calls.tasks import PoolFuture, Task
 from safepool.pool.core.pace import Pace
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import turns
+from safepool.pool.shell.loop import Loop
 from safepool.transport.channel import NO_SIGPIPE, Channel
 from safepool.transport.frames import Kind, encode
-from safepool.workers.describe import name_of
 from safepool.workers.messages import answer_frame, call_frame
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def warmed() -> ProcessPool:
 def await_a_turn(pool: ProcessPool) -> None:
     """Return when a caller may send a call itself; calls make it so."""
     until = time.monotonic() + PATIENCE_S
-    while not pool._scheduler._turns.idle:
+    while not inside.may_send_alone(pool):
         assert time.monotonic() < until
         pool.submit(abs, -1).result(timeout=PATIENCE_S)
         time.sleep(0.001)
@@ -342,13 +343,12 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(
         steps.append(step)
         return _call(step)
 
-    _poll, _call = turns._poll, turns._call
+    _poll, _call, wake = turns._poll, turns._call, Loop.wake
+    monkeypatch.setattr(Loop, "wake", lambda self: (next(woken), wake(self)))
     with warmed() as pool:
         submit_alone(pool, abs, -1).result(timeout=PATIENCE_S)
-        wake = pool._scheduler._turns.wake
         monkeypatch.setattr(turns, "_poll", poll)
         monkeypatch.setattr(turns, "_call", do)
-        monkeypatch.setattr(pool._scheduler._turns, "wake", lambda: next(woken) and wake())
         # A tick of the scheduler's may fall into one; not into each of many.
         for _ in range(100):
             steps.clear()
@@ -367,6 +367,7 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(
 # Python's own calls in submit() and result(): of a function of a module, and of one of the script.
 COUNTED = """
 import operator, sys, safepool
+from safepool.pool.shell.settings import Settings
 
 def own(x):
     return x
@@ -386,7 +387,7 @@ def counted(pool, function):
 
 if __name__ == "__main__":
     with safepool.ProcessPool(1) as pool:
-        pool._scheduler._settings.look_before = lambda _: None  # now and then at more
+        Settings.look_before = lambda *_: None  # now and then at more
         for function in (operator.neg, own):
             found = [counted(pool, function) for _ in range(50)]
             print(*map(min, zip(*found)))
@@ -445,8 +446,8 @@ def test_the_time_of_calls_that_go_alone_is_known() -> None:
     with warmed() as pool:
         for _ in range(3):
             submit_alone(pool, tasks.sleep_and_return, 0.01, 1).result(timeout=PATIENCE_S)
-        pace = pool._scheduler._core.pace
-        _until(lambda: pace.expected_ns("support_tasks.sleep_and_return") > 1_000_000)
+        name = "support_tasks.sleep_and_return"
+        _until(lambda: inside.expected_ns(pool, name) > 1_000_000)
 
 
 def _in_time(future: Any, timeout_s: float) -> None:
@@ -540,20 +541,20 @@ def _call_back(pool: ProcessPool) -> None:
 OTHERWISE: dict[str, Callable[[ProcessPool], object]] = {"wait": _wait, "callback": _call_back}
 
 
-def _calls_without_a_look_around(pool: ProcessPool) -> Iterator[bool]:
+def _calls_without_a_look_around() -> Iterator[bool]:
     """Yield before each of ten calls, and then whether lanes were taken back meanwhile."""
     looks = itertools.count()
-    turns_, awake = pool._scheduler._turns, pool._scheduler._turns.awake
-    turns_.awake = lambda *given: (next(looks), awake(*given))[1]  # type: ignore[method-assign]
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        before = next(looks)
-        for _ in range(10):
-            yield True
-        # A tick falls into one of many.
-        if next(looks) == before + 1:
-            return
-        assert time.monotonic() < until
+    awake, until = turns.Turns.awake, time.monotonic() + PATIENCE_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns.Turns, "awake", lambda *given: (next(looks), awake(*given))[1])
+        while True:
+            before = next(looks)
+            for _ in range(10):
+                yield True
+            # A tick falls into one of many.
+            if next(looks) == before + 1:
+                return
+            assert time.monotonic() < until
 
 
 @pytest.mark.parametrize("way", [*OTHERWISE, "await"])
@@ -561,14 +562,14 @@ def test_calls_are_ended_while_lanes_are_open(way: str) -> None:
     """Who waits by ``wait()``, a callback or in an event loop does not cost a look at all."""
 
     async def await_all() -> None:
-        for _ in _calls_without_a_look_around(pool):
+        for _ in _calls_without_a_look_around():
             await _await(pool)
 
     with warmed() as pool:
         if way == "await":
             asyncio.run(await_all())
         else:
-            for _ in _calls_without_a_look_around(pool):
+            for _ in _calls_without_a_look_around():
                 OTHERWISE[way](pool)
         assert pool.submit(abs, -2).result(timeout=PATIENCE_S) == 2
 
@@ -658,7 +659,7 @@ def map_alone(pool: ProcessPool, function: Any, *items: Any, thought_ns: float =
     """
     while True:
         await_a_turn(pool)
-        pool._scheduler._core.pace._nanoseconds[name_of(function)] = thought_ns
+        inside.expect(pool, thought_ns, function)
         iterator: Any = pool.map(function, *items)
         if iterator.results._run.turns:
             return iterator

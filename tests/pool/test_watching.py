@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_inside as inside
 import support_logging as support
 import support_tasks as tasks
 from support_processes import wait_until
@@ -357,7 +358,7 @@ def test_an_answer_that_comes_late_is_not_taken_for_another(
         finally:
             monkeypatch.undo()
             os.kill(pid, signal.SIGCONT)
-        board = pool._scheduler.workers()[0].board
+        board = inside.workers_of(pool)[0].board
         until(lambda: board.written, "the late answer")
         assert main_stacks(pool.dump_tracebacks(timeout=10)[pid]) == 1
         error = pool.submit(tasks.be_killed).exception(timeout=30)
@@ -376,7 +377,7 @@ def test_stacks_that_were_asked_for_are_not_a_crashs(
     with ProcessPool(1) as pool:
         pid = pool.submit(tasks.pid).result(timeout=30)
         answers = [pool.dump_tracebacks(timeout=20)[pid] for _ in range(5)]
-        board = pool._scheduler.workers()[0].board
+        board = inside.workers_of(pool)[0].board
         assert (board.written == 0) == (kept_bytes == 0)
         error = pool.submit(support.crash).exception(timeout=30)
 

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import support_inside as inside
 import support_tasks as tasks
 from support_processes import wait_until
 
@@ -134,7 +135,7 @@ def test_a_large_task_that_was_on_its_way_is_not_said_to_have_run(retries: int) 
         pid = pool.submit(os.getpid).result(timeout=30)
         os.kill(pid, signal.SIGSTOP)
         large = pool.submit(len, bytes(20_000_000))
-        (worker,) = pool._scheduler.workers()
+        (worker,) = inside.workers_of(pool)
         # Its copy was made and handed over, and its pickle is kept for a retry alone.
         wait_until(lambda: worker.ledger.owed and not worker.unsent)
         wait_until(lambda: retries or getattr(worker.ledger.head, "pickled", 0) is None)

@@ -133,7 +133,7 @@ def test_workers_are_bound_to_cpus_of_their_own() -> None:
     with ProcessPool(len(mask), pin_workers=True) as pool:
         seen = pool.map(tasks.cpus_after_a_while, [0.3] * len(mask), timeout=60)
         inside = {tuple(cpus) for cpus in seen}
-        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
+        wait_until(lambda: all(worker.state != "starting" for worker in pool.workers()))
         outside = masks(pool)
 
     assert len(outside) == len(mask)
@@ -156,13 +156,13 @@ def test_without_it_a_worker_runs_where_this_process_does() -> None:
 def test_a_worker_that_follows_another_takes_its_cpus() -> None:
     with ProcessPool(2, pin_workers=True) as pool:
         list(pool.map(tasks.cpus_after_a_while, [0.2] * 4, timeout=60))
-        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
+        wait_until(lambda: all(worker.state != "starting" for worker in pool.workers()))
         before = dict(zip(pool._processes, masks(pool), strict=True))
         gone = next(iter(before))
         os.kill(gone, signal.SIGKILL)
         wait_until(lambda: gone not in pool._processes)
         list(pool.map(tasks.cpus_after_a_while, [0.2] * 4, timeout=60))
-        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
+        wait_until(lambda: all(worker.state != "starting" for worker in pool.workers()))
         after = dict(zip(pool._processes, masks(pool), strict=True))
 
     (new,) = after.keys() - before.keys()
