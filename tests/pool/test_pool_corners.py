@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+import support_core
 
 from safepool import ProcessPool
 from safepool.pool import executor
@@ -22,7 +23,7 @@ from safepool.pool.calls import closures, functions, imports, mains, mapping, va
 from safepool.pool.shell import exits, hiring, records, refusals, settings, staff
 from safepool.pool.shell.listener import Listener
 from safepool.transport import channel
-from safepool.transport.frames import CorruptFrameError
+from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers import inheritance, logs
 
 if TYPE_CHECKING:
@@ -258,10 +259,23 @@ def test_a_worker_that_resists_keeps_no_other(
     assert "error while worker 1 was ended" in caplog.text
 
 
-def test_nothing_more_is_read_of_a_worker_that_is_distrusted() -> None:
-    found = SimpleNamespace(receive=lambda: iter([1, 2]), fileno=lambda: -1)
-    worker: Any = SimpleNamespace(channel=found)
-    assert [*staff.Staff._read(object.__new__(staff.Staff), worker)] == [(worker, 1)]
+@pytest.mark.parametrize(("is_distrusted", "positions"), [(False, [1, 2]), (True, [1])])
+def test_nothing_more_is_read_of_a_worker_that_is_distrusted(
+    is_distrusted: bool, positions: list[int]
+) -> None:
+    """Its channel is closed for what the first of two frames said."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"".join(encode(Kind.SKIPPED, 1) + encode(Kind.SKIPPED, 2)))
+    worker: Any = support_core.worker(channel=channel.Channel(ours))
+    found = []
+    for whose, frame in staff.Staff._read(object.__new__(staff.Staff), worker):
+        assert whose is worker
+        found.append(frame.task)
+        if is_distrusted:
+            worker.channel.close()
+    assert found == positions
+    worker.channel.close()
+    theirs.close()
 
 
 # --- coroutines --------------------------------------------------------------------------

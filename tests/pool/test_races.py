@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import signal
@@ -14,10 +15,10 @@ import threading
 import time
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_core
 import support_inside as inside
 import support_tasks as tasks
 from support_processes import wait_until
@@ -26,7 +27,6 @@ from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.calls.mapping import MapRun
 from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by
 from safepool.pool.core import reclaim, starts
-from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import hiring, scheduler
 from safepool.pool.shell.dispatch import Dispatch, Packing
@@ -372,20 +372,30 @@ def test_the_end_of_a_call_and_who_adds_a_callback_may_meet() -> None:
     assert ended
 
 
-def test_calls_that_cannot_be_pickled_are_settled() -> None:
+LOCK = threading.Lock()
+# One row per part of a map that cannot be pickled: its function, and the arguments of its calls.
+UNPICKLABLE: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "a call": (tasks.square, [(LOCK,)]),
+    "the function": (functools.partial(tasks.square, LOCK), [(1,), (2,)]),
+}
+
+
+@pytest.mark.parametrize("part", UNPICKLABLE)
+def test_calls_that_cannot_be_pickled_are_settled(part: str) -> None:
     """Else their map never ends, and its function stays in every worker."""
+    function, items = UNPICKLABLE[part]
     settled: list[int] = []
-    run = MapRun(tasks.square, "square", NO_POLICY, 2)
-    run.waiting.add([(threading.Lock(),)])
-    worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
+    run = MapRun(function, "square", NO_POLICY, len(items))
+    run.waiting.add(items)
+    worker: Any = support_core.worker(functions=set())
 
     dispatch = Dispatch(lambda _, count: settled.append(count), bool, None, Listener())
-    dispatch.pack(worker, run.cut(1))
+    dispatch.pack(worker, run.cut(len(items)))
     while dispatch.aside:
         dispatch.come_back(more=True)
     dispatch.close()
 
-    assert settled == [1]
+    assert sum(settled) == len(items)
     with pytest.raises(TypeError, match="lock"):
         run.take(0, None)
 
