@@ -168,8 +168,8 @@ class OutOfMemoryCount:
         kills: Number of processes of this group that the killer has killed, for any limit; on
             version 2 those of the groups below as well (``oom_kill``).
         used_up: Number of times that the group met its own ceiling: on version 1 with any outcome
-            (``memory.failcnt``), on version 2 when the kernel could free nothing (``oom``);
-            ``None`` if unknown.
+            (``memory.failcnt``, and that of memory with swap), on version 2 when the kernel could
+            free nothing (``oom``); ``None`` if unknown.
         limit_bytes: The ceiling now; ``None`` if the group sets none.
         peak_bytes: Peak use of the group; ``None`` if unknown.
         group: The group's directory.

@@ -7,7 +7,7 @@ The killer has two counters, in different groups. A kill is counted in the group
 process. A used-up ceiling is counted in the group that has the ceiling, which may be any ancestor:
 
     version   killed here                    ceiling of this group used up
-    1         memory.oom_control: oom_kill   memory.failcnt
+    1         memory.oom_control: oom_kill   memory.failcnt + memory.memsw.failcnt
     2         memory.events: oom_kill        memory.events.local: oom, else memory.events: oom
 
 Not covered:
@@ -148,7 +148,12 @@ def _read_used_up(
     machine: Machine, directory: str, version: int, events: dict[str, int]
 ) -> int | None:
     if version == 1:
-        return read_number(machine, f"{directory}/memory.failcnt")
+        # mm/memcontrol.c, try_charge: the ceiling with swap is looked at first. Where both are
+        # alike (docker run --memory-swap), only its counter grows.
+        names = ("memory.failcnt", "memory.memsw.failcnt")
+        counts = [read_number(machine, f"{directory}/{name}") for name in names]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
     # memory.events counts the groups below as well (Linux 5.2 has the local file).
     local = parse_memory_stat(machine.read(f"{directory}/memory.events.local") or "")
     return local.get("oom", events.get("oom"))

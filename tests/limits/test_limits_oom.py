@@ -33,6 +33,18 @@ GROUPS: dict[str, tuple[str, str, dict[str, str], tuple[int | None, ...] | None]
         },
         (3, 134, 67108864, 67108864),
     ),
+    "version 1 with the same ceiling for memory and swap": (
+        "4:memory:/a",
+        V1,
+        {
+            "memory/a/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
+            "memory/a/memory.failcnt": "0\n",
+            "memory/a/memory.memsw.failcnt": "134\n",
+            "memory/a/memory.limit_in_bytes": "67108864\n",
+            "memory/a/memory.max_usage_in_bytes": "67108864\n",
+        },
+        (3, 134, 67108864, 67108864),
+    ),
     "version 1 without a limit": (
         "4:memory:/a",
         V1,
