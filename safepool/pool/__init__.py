@@ -80,6 +80,7 @@ Differences from a forked pool:
       take longer than half a second to be pickled keeps one of the workers free.
     * ``map`` over a generator or a file takes 16,384 items before it returns, and more as you take
       results. An endless generator does not fill the memory.
+    * ``multiprocessing.active_children()`` does not contain workers; ``pool.workers()`` does.
     * The first pool of a program starts its server: a Python, and the imports that workers share
       (NumPy, SciPy and others). A forked pool starts nothing: for a script of one second,
       ``@safepool.worker`` with the standard pool is faster.

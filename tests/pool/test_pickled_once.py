@@ -554,3 +554,17 @@ def test_the_search_for_the_culprit_asks_nobody_again() -> None:
 
     assert counted.take_calls() == ["Reduced1.__reduce__", "Refusing0.__reduce__"]
     assert "item 1 of item 'a'" in raised.value.__notes__[0]
+
+
+def test_the_search_in_an_item_does_not_ask_the_function_again() -> None:
+    """It was pickled before, and sent."""
+    asked = counted.Reduced(1)
+    run = MapRun(asked.method, "method", Policy(), None, starred=False)
+    span: Any = run.draw([[counted.Refusing()]])
+    counted.take_calls()
+
+    with pytest.raises(TypeError, match="cannot pickle this one") as raised:
+        Pickling(None).span(span)
+
+    assert counted.take_calls() == ["Reduced1.__reduce__", "Refusing0.__reduce__"]
+    assert "item 0 of argument 0" in raised.value.__notes__[0]

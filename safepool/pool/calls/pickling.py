@@ -213,7 +213,7 @@ class Pickling:
                 return _EACH_ALONE
             items = run.arguments_of(span.items[0])
             done = run.reductions.pop(span.start, Reductions())
-            self._say_what(error, run.name, _whole((run.function, items, {})), done)
+            self._say_what(error, run.name, _whole((_sent_before, items, {})), done)
             done.forget_errors()  # these may be other calls' results, too
             raise
 
@@ -370,6 +370,10 @@ def _have_parts_in_common(items: list[Any]) -> bool:
 def was_not_sent(error: BaseException) -> bool:
     """Return whether this is an exception of the pickler, and no worker has begun the call."""
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
+
+
+def _sent_before() -> None:
+    """Stand for the function of a map, which could be pickled: its methods are not run again."""
 
 
 def _whole(call: Parts) -> object:
