@@ -41,7 +41,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from safepool.budget import Budget, Request, fit
 from safepool.cli.text import CommandError, as_ascii, counted, wrapped
@@ -55,57 +55,46 @@ if TYPE_CHECKING:
     from safepool.threads.table import NativeRuntime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramVariable:
+class ProgramVariable(NamedTuple):
     """A variable that bounds a program, besides those of native thread pools.
 
     Attributes:
+        source: Documentation of the variable.
         counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
             is one process and has all CPUs to itself, workers x threads.
         only_if: Option that sets the variable; empty if it is always set.
         form: Text of the variable, with ``{}`` for the number.
-        source: Documentation of the variable.
     """
 
     name: str
+    source: str
     counts: Literal["workers", "cpus"] = "workers"
     only_if: str = ""
     form: str = "{}"
-    source: str
 
 
 # Not listed: oneTBB reads no variable; Java and .NET read the quota themselves; ninja and Julia
 # take command-line options. RAYON_NUM_THREADS is a row of the table of native thread pools.
 PROGRAM_VARIABLES = (
+    ProgramVariable("LOKY_MAX_CPU_COUNT", "loky, README, loky.cpu_count; joblib's n_jobs=-1"),
+    ProgramVariable("PYTHON_CPU_COUNT", "Python 3.13, command line and environment"),
     ProgramVariable(
-        name="LOKY_MAX_CPU_COUNT", source="loky, README, loky.cpu_count; joblib's n_jobs=-1"
+        "PYTEST_XDIST_AUTO_NUM_WORKERS", "pytest-xdist, Running tests across multiple CPUs"
     ),
-    ProgramVariable(name="PYTHON_CPU_COUNT", source="Python 3.13, command line and environment"),
+    ProgramVariable("SAFEPOOL_MAX_WORKERS", "safepool", only_if="--workers"),
     ProgramVariable(
-        name="PYTEST_XDIST_AUTO_NUM_WORKERS",
-        source="pytest-xdist, Running tests across multiple CPUs",
+        "MAX_JOBS", "PyTorch, torch.utils.cpp_extension.BuildExtension; CONTRIBUTING.md"
     ),
-    ProgramVariable(name="SAFEPOOL_MAX_WORKERS", only_if="--workers", source="safepool"),
+    ProgramVariable("CMAKE_BUILD_PARALLEL_LEVEL", "CMake, envvar/CMAKE_BUILD_PARALLEL_LEVEL"),
+    ProgramVariable("CARGO_BUILD_JOBS", "The Cargo Book, Configuration, build.jobs"),
     ProgramVariable(
-        name="MAX_JOBS",
-        source="PyTorch, torch.utils.cpp_extension.BuildExtension; CONTRIBUTING.md",
-    ),
-    ProgramVariable(
-        name="CMAKE_BUILD_PARALLEL_LEVEL", source="CMake, envvar/CMAKE_BUILD_PARALLEL_LEVEL"
-    ),
-    ProgramVariable(name="CARGO_BUILD_JOBS", source="The Cargo Book, Configuration, build.jobs"),
-    ProgramVariable(
-        name="MAKEFLAGS",
+        "MAKEFLAGS",
+        "GNU make, Communicating Options to a Sub-make",
         only_if="--makeflags",
         form="-j{}",
-        source="GNU make, Communicating Options to a Sub-make",
     ),
-    ProgramVariable(
-        name="GOMAXPROCS", counts="cpus", source="Go, src/runtime/debug.go, GOMAXPROCS"
-    ),
-    ProgramVariable(
-        name="LLAMA_ARG_THREADS", counts="cpus", source="llama.cpp, llama-server(1), --threads"
-    ),
+    ProgramVariable("GOMAXPROCS", "Go, src/runtime/debug.go, GOMAXPROCS", counts="cpus"),
+    ProgramVariable("LLAMA_ARG_THREADS", "llama.cpp, llama-server(1), --threads", counts="cpus"),
 )
 
 # Length of the line that Linux reads; linux/binfmts.h, BINPRM_BUF_SIZE.
