@@ -240,7 +240,7 @@ def test_a_library_that_does_not_say_its_threads_is_listed(
 
 if sys.platform == "linux":
     from safepool import linux
-    from safepool.threads import libraries
+    from safepool.threads import native
 
     def test_where_the_mask_is_refused_nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", refuse)
@@ -265,6 +265,6 @@ if sys.platform == "linux":
         assert (bytes(first), bytes(second)) == (b"bcd", bytes(3))
 
     def test_a_library_that_cannot_be_held_is_found_by_the_modules() -> None:
-        found = libraries.LoadedLibraries()
+        found = native.LoadedLibraries()
         found._pin(1, "/no/such/library.so")
-        assert type(found._instead) is libraries._ImportedModules
+        assert type(found._instead) is native._ImportedModules

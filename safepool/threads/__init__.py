@@ -5,10 +5,9 @@
     calls         functions that cap a loaded runtime which threadpoolctl does not know
     registry      the valid rows: those of the table, and added ones
     environment   variables at a worker's start
-    libraries     libraries that were loaded since the last check
     imports       calls at the end of a module's import
     placement     the CPUs that a worker is bound to
-    native        libraries that threadpoolctl caps
+    native        libraries that threadpoolctl caps, and those loaded since the last check
     blocks        temporary caps, and the former numbers
     cap           the three layers of caps in a worker, and the block around a function
     pools         the pools that are loaded now

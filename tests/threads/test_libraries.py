@@ -24,7 +24,7 @@ SEEN = {
 @pytest.mark.parametrize("what", SEEN)
 def test_a_new_library_is_seen_once(what: str, tmp_path: Path) -> None:
     code = (
-        "import json\nfrom safepool.threads.libraries import LoadedLibraries\n"
+        "import json\nfrom safepool.threads.native import LoadedLibraries\n"
         "libraries = LoadedLibraries()\n"
         "first = libraries.changed()\nall_of_them = libraries.fresh()\n"
         "before = libraries.changed()\n"
@@ -45,7 +45,7 @@ def test_a_dlopen_without_an_import_is_seen(tmp_path: Path) -> None:
     code = (
         "import ctypes, json, sys, _ctypes_test\n"
         "import importlib.util, _bz2, os\n"
-        "from safepool.threads.libraries import LoadedLibraries\n"
+        "from safepool.threads.native import LoadedLibraries\n"
         "path = importlib.util.find_spec('_sqlite3').origin\n"
         "libraries = LoadedLibraries()\nlibraries.fresh()\n"
         "modules = len(sys.modules)\n"
@@ -61,7 +61,7 @@ def test_an_unloaded_library_leaves_no_dangling_pointer(tmp_path: Path) -> None:
     """The last of the list is held on to; others may go, and later ones are still seen."""
     code = (
         "import _ctypes, ctypes, json, importlib.util\n"
-        "from safepool.threads.libraries import LoadedLibraries\n"
+        "from safepool.threads.native import LoadedLibraries\n"
         "def path(name): return importlib.util.find_spec(name).origin\n"
         "libraries = LoadedLibraries()\nlibraries.fresh()\n"
         "seen = []\n"
@@ -83,7 +83,7 @@ def test_without_the_loaders_list_modules_are_counted(tmp_path: Path) -> None:
         "import ctypes, json\n"
         "class Program:\n"
         "    def __init__(self, *a, **k): self._handle = 0\n"
-        "import safepool.threads.libraries as l\n"
+        "import safepool.threads.native as l\n"
         "ctypes.CDLL = Program\n"
         "libraries = l.LoadedLibraries()\n"
         "first, files = libraries.changed(), libraries.fresh()\n"
