@@ -9,12 +9,10 @@ a group, the order is that of use in one start.
     forkserver      the table of fork servers, one for each setting
     upkeep          one fork server, started again when it is lost
     asking          one running fork server: requests and the meaning of its answers
-    handing         state and descriptors for a worker that is no child of the program
-    launch          the start of an interpreter that serves
-    kept, forked    a server, a worker with another parent: signals, and waiting for its end
+    launch          the start of an interpreter that serves; state and descriptors for a worker
+    forked          a worker with another parent: signals, and waiting for its end
     standard        multiprocessing's and loky's methods
     safe_path       nothing is imported from the working directory
-    process         one worker, and the pool's end of its channel
 
     In other processes, up to a worker
     server          the fork server: import, check, fork, report
@@ -22,7 +20,6 @@ a group, the order is that of use in one start.
     keeper          the parent of a server, which ends the processes that tasks have started
     script, loading the program's script, run in the fork server
     capped_server, begin    code before the program is imported: forkserver, spawn
-    bare_signals    handlers and masks of signals without the pages that enumerations touch
     lifeline        a pipe whose end ends all of them
     identity        the rights of a process, and its place
     traces, preload    effects of an import; modules that are worth preloading
@@ -32,10 +29,10 @@ a group, the order is that of use in one start.
     runner          tasks, one after the other
     coroutines      a task that is a coroutine function
     timed, answers, messages, logs    messages of a worker
-    settings, settings_table, levels, namespace, describe, unlike    state of the program
+    settings, settings_table, namespace, describe, unlike    state of the program
 
     On both sides
-    start           facts for a new worker; the interface of a start method
+    start           facts for a new worker; the interface of a start method; one worker
     plan            the way of ``__main__`` into workers
     inheritance     objects that an initializer gets beside its pickle
     board, fence    memory that both read and write without a message

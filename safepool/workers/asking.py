@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import FROM_OUTSIDE, REFUSALS, describe_exit
 from safepool.transport import letters
-from safepool.workers import forked, handing, identity, kept, launch
+from safepool.workers import forked, identity, launch
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class RunningServer:
             raise LostError
         if not self.answers:
             self.answers = True
-            if isinstance(self._process, kept.KeptServer):
+            if isinstance(self._process, launch.KeptServer):
                 self._process.pid = received[0][1]
             return self._receive(timeout_s, given_up)
         return received
@@ -251,15 +251,15 @@ class RunningServer:
         plan = self._plan
         assert plan is not None
         details = {
-            **handing.details_of(self._changes, script=True),
+            **launch.details_of(self._changes, script=True),
             **to_run(plan),
             "name": "safepool-server",
             "identity": (),
             "forks": self._forks,
         }
-        folder = handing.open_directory()
+        folder = launch.open_directory()
         try:
-            self._send(("script", details), [folder, handing.tracker()])
+            self._send(("script", details), [folder, launch.tracker()])
         finally:
             os.close(folder)
         try:
@@ -326,14 +326,14 @@ class RunningServer:
         own: Mapping[str, str] = more["told"].own
         if any(name in self._read and self._read[name] != own[name] for name in own):
             raise HasReadError
-        details = {**handing.details_of(self._changes, script=self._plan is not None), **more}
-        with handing.handing(details, files) as (told, given, ours):
+        details = {**launch.details_of(self._changes, script=self._plan is not None), **more}
+        with launch.handing(details, files) as (told, given, ours):
             self._send(("fork", told), given)
             limit_s = _FORK_S if self.answers else launch.IMPORT_S
             (what, answer), descriptors = self._receive(limit_s, wish.given_up)
             if what == "forked":
                 pidfd = descriptors[0] if descriptors else None
-                return forked.ForkedProcess(told["name"], answer, pidfd, *handing.let_in(ours))
+                return forked.ForkedProcess(told["name"], answer, pidfd, *launch.let_in(ours))
         if what == "refused":
             if answer in REFUSALS:
                 raise CannotForkError(f"the system refuses its fork: {os.strerror(answer)}")

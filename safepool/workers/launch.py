@@ -3,8 +3,10 @@
     program  --- unnamed socket pair --->  server
              --- life-line (a pipe) ---->
 
-With ``kept`` it is below a keeper (``keeper``), which starts it. Nothing of it is imported here:
-an interpreter that is started by ``-c`` learns its path over the socket first.
+An interpreter that is started by ``-c`` learns its path over the socket first. With ``is_kept``
+the server is below a keeper (``keeper``), which starts it.
+
+And what this program gives a worker that is no child of it: its state, and descriptors.
 """
 
 from __future__ import annotations
@@ -12,27 +14,33 @@ from __future__ import annotations
 import errno
 import fcntl
 import marshal
+import multiprocessing.process
 import multiprocessing.spawn
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.errors import naming
-from safepool.workers import kept
-from safepool.workers.safe_path import is_safe
+from safepool.workers import birth, forked, keeper
+from safepool.workers.safe_path import is_safe, safe_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 assert sys.platform == "linux"
 
 IMPORT_S = 60.0
 """For one import. Those of large libraries take ten seconds under a small quota."""
 
+# From the end of a keeper's socket to that of the process.
+_ENDING_S = 1.0
 # A variable that is always in the server's own environment, in characters.
 _SMALL_VARIABLE = 4096
 # execve(2): there is none, it is not for this user, or no program at all.
@@ -78,15 +86,110 @@ class NoInterpreterError(RuntimeError):
     """The interpreter for workers is no Python, or this user may not start it."""
 
 
+class KeptServer:
+    """A fork server below a keeper, with the interface of ``subprocess.Popen``.
+
+    The keeper (``keeper``) is this process's child, the server the keeper's. On request, the
+    keeper ends the server and reports how it ended.
+
+    Args:
+        sock: This end of its socket. Closed, it tells the keeper that the program is gone.
+
+    Attributes:
+        pid: Process id of the server; 0 until the server has sent it.
+        returncode: Exit code of the server; ``None`` while it is not known.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        self.pid = 0
+        self.keeper: int = process.pid
+        self.returncode: int | None = None
+        self._sock = sock
+        self._has_ended = False
+        process.returncode = 0  # waited for here
+
+    def __del__(self) -> None:
+        # At the program's end: no other code closes a server that its keeper outlives.
+        self._sock.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket."""
+        return self._sock.fileno()
+
+    def poll(self) -> int | None:
+        """Return how the server ended, ``None`` while it runs."""
+        return self._ask(0.0)
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end of the server, and return how it ended.
+
+        Raises:
+            subprocess.TimeoutExpired: The server runs on.
+        """
+        found = self._ask(timeout)
+        if found is None:
+            raise subprocess.TimeoutExpired("the fork server", timeout)
+        return found
+
+    def kill(self) -> None:
+        """End the server. Processes that tasks have started go on, and the keeper with them."""
+        try:
+            if self.pid:
+                self._sock.send(b"\0")
+            else:  # it may be no keeper at all, but what somebody took for an interpreter
+                os.kill(self.keeper, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended
+
+    def _ask(self, timeout_s: float) -> int | None:
+        if self.returncode is None and forked.is_readable(self._sock.fileno(), timeout_s):
+            left = self._hear()
+            deadline = time.monotonic() + _ENDING_S
+            while not (left or self.has_ended()) and time.monotonic() < deadline:
+                time.sleep(0.001)
+        return self.returncode
+
+    def _hear(self) -> bool:
+        """Read how the server ended; return whether the keeper has something to wait for."""
+        left = False
+        try:
+            told = self._sock.recv(keeper.SERVER_END.size, socket.MSG_DONTWAIT)
+        except OSError:
+            told = b""
+        if len(told) == keeper.SERVER_END.size:
+            self.returncode, left = keeper.SERVER_END.unpack(told)
+        return left
+
+    def has_ended(self) -> bool:
+        """Return whether the keeper has ended as well. Then nothing is left of the two."""
+        if not self._has_ended:
+            code = 0
+            try:
+                ended, status = os.waitpid(self.keeper, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # the program has waited for it, or ignores SIGCHLD
+                ended = self.keeper
+            self._has_ended = ended != 0
+            if self._has_ended and self.returncode is None:
+                self._hear()
+                if self.returncode is None:
+                    self.returncode = code
+        return self._has_ended
+
+    def close(self) -> None:
+        """Close the socket: the keeper then ends its descendants."""
+        self._sock.close()
+
+
 line: list[int] = []
 """The life-line: reading and writing end, opened by the table of servers. One for the process,
 never closed: the workers of a server that was killed still hold it."""
 
 # Those below a keeper, until that has ended: after the server, if tasks have left something.
-_kept: list[kept.KeptServer] = []
+_kept: list[KeptServer] = []
 
 
-def keepers() -> list[kept.KeptServer]:
+def keepers() -> list[KeptServer]:
     """Return the servers below a keeper that has not ended."""
     for one in [*_kept]:
         if one.has_ended():
@@ -110,7 +213,7 @@ def forget() -> None:
 
 def launch(
     changes: Mapping[str, str | None], *, becomes: bool, is_kept: bool
-) -> tuple[subprocess.Popen[bytes] | kept.KeptServer, socket.socket]:
+) -> tuple[subprocess.Popen[bytes] | KeptServer, socket.socket]:
     """Start an interpreter that serves, or becomes a worker; return it and this end of its socket.
 
     Raises:
@@ -154,7 +257,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 def _begin_below_keeper(
     server: Sequence[str], handed: Sequence[int], environment: dict[str, str]
-) -> kept.KeptServer:
+) -> KeptServer:
     ours, theirs = _pair()
     number = -1
     try:
@@ -162,7 +265,7 @@ def _begin_below_keeper(
         code = _BOOTSTRAP.format(number) + _KEEP.format(number, os.getpid(), server, handed)
         # Nothing that a site brings along: it may be threads.
         command = [*server[:-2], "-S", "-P", "-c", code]
-        found = kept.KeptServer(_execute(command, [*handed, number], environment), ours)
+        found = KeptServer(_execute(command, [*handed, number], environment), ours)
     except BaseException:
         ours.close()
         raise
@@ -281,3 +384,90 @@ def _has_directory() -> bool:
 
 def _above_streams(number: int) -> int:
     return fcntl.fcntl(number, linux.F_DUPFD_CLOEXEC, 3)
+
+
+def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
+    """Return the state of a child of this process, besides descriptors."""
+    me = multiprocessing.current_process()
+    return {
+        **birth.circumstances(),
+        "environ": environment_of(changes),
+        "changes": changes,
+        "parent": os.getpid(),
+        "parent_name": me.name,
+        "authkey": bytes(me.authkey),
+        "script": script,
+    }
+
+
+@contextmanager
+def handing(
+    details: Mapping[str, Any], files: Sequence[int]
+) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
+    """Open the descriptors for a worker, for the time of handing them over.
+
+    Yields:
+        Its details, its descriptors, and this side of it: for :func:`let_in`.
+    """
+    me: Any = multiprocessing.current_process()
+    # Numbered as multiprocessing numbers the children of a process, over all its pools: no number
+    # is used again.
+    number = next(multiprocessing.process._process_counter)  # type: ignore[attr-defined]
+    identity = (*me._identity, number)
+    name = f"safepool-{':'.join(map(str, identity))}"
+    opened: list[int] = []
+    ours: list[int] = []
+    try:
+        status, told = os.pipe()
+        ours.append(status)
+        opened.append(told)
+        os.set_blocking(status, False)
+        # The worker waits here until it is known: a server that answers too late, or
+        # never, may have forked one all the same, and another would share its channel.
+        gate, key = os.pipe()
+        ours.append(key)
+        opened.append(gate)
+        folder = open_directory()
+        opened.append(folder)
+        streams = [_stream(number, opened) for number in (1, 2)]
+        given = [told, gate, folder, *streams, tracker(), *files]
+        yield {**details, "name": name, "identity": identity, "files": len(given)}, given, ours
+    finally:
+        for descriptor in (*opened, *ours):
+            os.close(descriptor)
+
+
+def let_in(ours: list[int]) -> tuple[int, int]:
+    """Let a worker begin, now that its pid is known; take over its exit-code pipe and its line."""
+    status, key = ours
+    os.write(key, b"\0")
+    ours.clear()
+    return status, key
+
+
+def tracker() -> int:
+    """Return the pipe to the resource tracker.
+
+    Workers share the program's tracker: their own would unlink shared memory at their end.
+    """
+    with safe_path():
+        found = resource_tracker.getfd()
+    assert found is not None
+    return found
+
+
+def open_directory() -> int:
+    """Open the working directory."""
+    flags = os.O_RDONLY | getattr(os, "O_PATH", 0)
+    try:
+        return os.open(".", flags)
+    except PermissionError:  # a program that has given up root in a directory of root's
+        return os.open("/", flags)
+
+
+def _stream(number: int, opened: list[int]) -> int:
+    """Return the standard stream of that number, or a substitute where the program has none."""
+    if not is_stream(number):
+        number = os.open(os.devnull, os.O_WRONLY)
+        opened.append(number)
+    return number

@@ -7,6 +7,7 @@ threadpoolctl, the first object that needs it cloudpickle.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from safepool.transport.descriptors import close_all
 from safepool.transport.files import accept
 from safepool.transport.lazy import load_own
 from safepool.transport.names import be_fork
-from safepool.workers import bare_signals, inheritance
+from safepool.workers import inheritance
 from safepool.workers.board import NO_BOARD, STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
@@ -36,8 +37,25 @@ from safepool.workers.runner import Runner
 from safepool.workers.start import WorkerStart  # noqa: TC001
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from multiprocessing.connection import Connection
+
+# ``signal.signal()`` turns numbers into members of an enumeration; for a handler that is a
+# function it raises and catches an error inside. Five such calls in a worker write to some eighty
+# pages shared with its fork server, which the kernel then copies (benchmarks/startup.py, warm).
+_bare: Any = importlib.import_module("_signal")
+
+set_handler: Callable[[int, Callable[..., object] | int], object] = _bare.signal
+"""``signal.signal()`` without enumerations; the default is :data:`DEFAULT`."""
+
+DEFAULT, INTERRUPT = int(signal.SIG_DFL), int(signal.SIGINT)
+
+if sys.platform != "win32":
+    change_mask: Callable[[int, Iterable[int]], object] = _bare.pthread_sigmask
+    """``signal.pthread_sigmask()`` without enumerations."""
+
+    CHILD = int(signal.SIGCHLD)
+    UNBLOCK, SET_MASK = int(signal.SIG_UNBLOCK), int(signal.SIG_SETMASK)
 
 
 def worker_main(
@@ -84,7 +102,7 @@ def be_worker(
     # a task would inherit. The pool starts workers with the signal blocked, so that it
     # cannot strike before this line.
     if threading.current_thread() is threading.main_thread():
-        bare_signals.set_handler(bare_signals.INTERRUPT, _do_nothing)
+        set_handler(INTERRUPT, _do_nothing)
     _unblock_interrupt()
     sock.setblocking(True)  # independent of socket.setdefaulttimeout()
     try:
@@ -218,4 +236,4 @@ if sys.platform == "win32":
 else:
 
     def _unblock_interrupt() -> None:
-        bare_signals.change_mask(bare_signals.UNBLOCK, (bare_signals.INTERRUPT,))
+        change_mask(UNBLOCK, (INTERRUPT,))

@@ -46,10 +46,9 @@ from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.descriptors import close_all
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import bare_signals, birth, identity, keeper, lifeline, script, traces
+from safepool.workers import birth, identity, keeper, lifeline, main, script, traces
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import has_barrier
-from safepool.workers.main import be_taken_before_the_program
 from safepool.workers.preload import BACKGROUND_THREADS
 from safepool.workers.settings import compile_ahead
 
@@ -85,7 +84,7 @@ def serve(
     """
     if kept:
         birth.end_with(os.getppid())
-    be_taken_before_the_program(server=True)
+    main.be_taken_before_the_program(server=True)
     os.set_inheritable(sock_descriptor, False)
     os.set_inheritable(lifeline_descriptor, False)
     # Modules that are imported here ask for the number of CPUs, or keep the function that does.
@@ -340,7 +339,7 @@ class _Server:
     def _leave(self) -> None:
         """Leave the role of the server, in its child."""
         signal.set_wakeup_fd(-1)
-        bare_signals.set_handler(bare_signals.CHILD, bare_signals.DEFAULT)
+        main.set_handler(main.CHILD, main.DEFAULT)
         self._wake_receiver.close()
         self._wake_sender.close()
         self._sock.close()
@@ -365,7 +364,7 @@ class _Server:
             self._leave()
             status, gate, *own = descriptors
             os.close(status)
-            bare_signals.change_mask(bare_signals.SET_MASK, self._mask)
+            main.change_mask(main.SET_MASK, self._mask)
             if not os.read(gate, 1):
                 os._exit(0)  # the program has not waited for the answer, or is gone
             try:

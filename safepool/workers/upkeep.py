@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool.errors import FROM_OUTSIDE
 from safepool.transport import letters
-from safepool.workers import asking, forked, handing, launch, script
+from safepool.workers import asking, forked, launch, script
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
@@ -291,18 +291,18 @@ class Server:
         process, sock = launch.launch(self._changes, becomes=True, is_kept=False)
         assert isinstance(process, subprocess.Popen)
         details = {
-            **handing.details_of(self._changes, script=self._plan is not None),
+            **launch.details_of(self._changes, script=self._plan is not None),
             **more,
             "modules": modules,
             "run": None if self._plan is None else asking.to_run(self._plan),
         }
         try:
-            with handing.handing(details, files) as (told, given, ours):
+            with launch.handing(details, files) as (told, given, ours):
                 sock.settimeout(launch.IMPORT_S)
                 try:
                     letters.send(sock, ("become", told), given)
                 except ConnectionError:
-                    worker = forked.ChildProcess(told["name"], process, *handing.let_in(ours))
+                    worker = forked.ChildProcess(told["name"], process, *launch.let_in(ours))
                     if worker.wait(_ENDING_S) in FROM_OUTSIDE:
                         return worker  # its pool counts those that end before they begin
                     worker.kill()
@@ -310,7 +310,7 @@ class Server:
                     worker.close()
                     raise
                 # Not waited for: several can start at the same time.
-                return forked.ChildProcess(told["name"], process, *handing.let_in(ours))
+                return forked.ChildProcess(told["name"], process, *launch.let_in(ours))
         except BaseException:
             process.kill()
             process.wait()

@@ -187,7 +187,7 @@ def test_where_files_are_refused_the_stream_takes_all(
 
 def test_without_a_side_the_stream_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As elsewhere than on Linux, and where no descriptor is left for one more worker."""
-    monkeypatch.setattr("safepool.workers.process.invite", _decline)
+    monkeypatch.setattr("safepool.workers.start.invite", _decline)
     with ProcessPool(1) as pool:
         assert_equal(pool.submit(arrays.itself, LARGE).result(timeout=60), LARGE)
         assert pool.submit(count_files, LARGE).result(timeout=60) == (0, 0)

@@ -20,7 +20,7 @@ from support_processes import has_ended, run_python, wait_until
 import safepool
 from safepool import PoolBrokenError, ProcessPool, TaskTimeoutError, WorkerDiedError
 from safepool.pool.shell import staff
-from safepool.workers.process import WorkerProcess
+from safepool.workers.start import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

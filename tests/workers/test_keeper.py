@@ -22,7 +22,7 @@ if sys.platform != "linux":
     pytest.skip("a keeper is Linux's", allow_module_level=True)
 
 from safepool.workers import forkserver
-from safepool.workers.kept import KeptServer
+from safepool.workers.launch import KeptServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

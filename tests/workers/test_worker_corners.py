@@ -30,7 +30,6 @@ from safepool.workers import (
     contained,
     describe,
     fork,
-    levels,
     loading,
     logs,
     messages,
@@ -251,10 +250,10 @@ def test_a_logger_without_a_handler_is_heard_by_the_last_resort() -> None:
 
 def test_levels_are_set_where_loggers_remember_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "root", SimpleNamespace())
-    assert levels.glance_at_levels(logging) is None
+    assert settings_table._glance_at_levels(logging) is None
     monkeypatch.undo()
     disabled = logging.root.manager.disable
-    here = levels.Levels()
+    here = settings_table._Levels()
     here._watches = True
     try:
         here.apply(disabled, {"never.made": 10})
@@ -467,7 +466,7 @@ def test_the_pipe_that_loky_leaves_open_is_closed() -> None:
 if sys.platform == "linux":
     from safepool import linux, procfs
     from safepool.transport import letters
-    from safepool.workers import asking, birth, fence, forked, identity, kept, lifeline, script
+    from safepool.workers import asking, birth, fence, forked, identity, launch, lifeline, script
     from safepool.workers.server import _Server
 
     @pytest.fixture
@@ -535,7 +534,7 @@ if sys.platform == "linux":
     def test_a_keeper_says_how_its_server_ended_or_not(child: subprocess.Popen[bytes]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            found = kept.KeptServer(child, ours)
+            found = launch.KeptServer(child, ours)
             with pytest.raises(subprocess.TimeoutExpired):
                 found.wait(0.0)
             assert not found._hear()

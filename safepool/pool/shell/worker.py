@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safepool.errors import users_stack
 from safepool.pool.core.worker import Member
 from safepool.workers.board import NO_BOARD
-from safepool.workers.process import WorkerProcess
+from safepool.workers.start import WorkerProcess
 
 if TYPE_CHECKING:
     from safepool.pool.calls.tasks import Task
