@@ -83,11 +83,7 @@ class ThreadThatStarts(threading.Thread):
         super().join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def start(self) -> None:
-        """Start it.
-
-        Raises:
-            RuntimeError: No thread can be started.
-        """
+        """Start it, or raise ``RuntimeError`` if no thread can be started."""
         module, own = threading, vars(self)
         limbo: dict[Any, Any] | None = getattr(module, "_limbo", None)
         if limbo is None or not hasattr(self, "_bootstrap"):
@@ -337,16 +333,10 @@ class Hands:
     def do(
         self, run: Callable[[], None], finish: Callable[[], None], patience_s: float
     ) -> Job | None:
-        """Run a job, and wait for a short time for its end.
+        """Run a job, and wait for a short time for its end; return the job if it was not in time.
 
-        Args:
-            run: Work of a thread; raises nothing.
-            finish: Function to call when the job has ended: before this returns, or by
-                :meth:`come_back`.
-            patience_s: Seconds to wait.
-
-        Returns:
-            ``None`` if it was in time, else the job.
+        ``run`` raises nothing. ``finish`` is called when the job has ended: before this returns,
+        or by :meth:`come_back`.
         """
         job = Job(run, finish)
         self._waiting.append(job)
@@ -402,11 +392,7 @@ class Hands:
             self.pump()
 
     def close(self, *, busy_too: bool = False) -> None:
-        """Begin no more jobs. Running jobs are finished by their own threads.
-
-        Args:
-            busy_too: Wait for that: it ends soon.
-        """
+        """Begin no more jobs; running ones are finished by their threads. May wait for that."""
         self._waiting.clear()
         self._closed = True
         self.come_back(more=False)
@@ -488,11 +474,7 @@ class _Turn:
 
 
 class Teller:
-    """Runs jobs in one thread, in their order.
-
-    Args:
-        name: Name of the thread, which is started with the first.
-    """
+    """Runs jobs in one thread, in their order. The thread is started with the first."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -61,10 +61,9 @@ _MOST_ITEMS = 256
 
 
 def shared_with_forks() -> str:
-    """Return the name of a global that a forked worker would share with the program.
+    """Return the name of a global that a forked worker would share with the program, or ``""``.
 
-    Returns:
-        Text such as ``"lock of __main__"``; empty if there is no such object.
+    Such as ``"lock of __main__"``.
     """
     for module, space in _own_spaces():
         for name, value in [*space.items()]:
@@ -153,11 +152,8 @@ def _tell(asked: Future[list[str]]) -> None:
 def data_of(function: Callable[..., Any]) -> dict[str, dict[str, bytes]]:
     """Return the data in globals of modules that a function, and the functions it calls, name.
 
-    Args:
-        function: Followed into the script and the program's own modules.
-
-    Returns:
-        By module and name, what :func:`~safepool.workers.unlike.summary` says.
+    By module and name, what :func:`~safepool.workers.unlike.summary` says. The function is
+    followed into the script and the program's own modules.
     """
     search = _Search(function)
     told: dict[str, dict[str, bytes]] = {}
@@ -171,10 +167,7 @@ def data_of(function: Callable[..., Any]) -> dict[str, dict[str, bytes]]:
 
 
 class _Search:
-    """A search through code.
-
-    Args:
-        function: The function where the search begins.
+    """A search through code, from a function on.
 
     Attributes:
         found: By module and name, the globals that code names and that are not followed.

@@ -141,12 +141,7 @@ class Latch:
 
 
 class Bell:
-    """Wakes a coroutine from any thread, once: a place of :class:`Waiters`, a future's callback.
-
-    Args:
-        loop: Event loop of the coroutine.
-        waiter: The future that it awaits.
-    """
+    """Wakes a coroutine from any thread, once: a place of `Waiters`, a future's callback."""
 
     __slots__ = ("_loop", "_waiter")
 

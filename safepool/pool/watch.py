@@ -169,9 +169,7 @@ class Stacks:
     def of(self, workers: Iterable[Worker], timeout_s: float) -> dict[int, str]:
         """Return the stacks of each worker by its process id, or the reason in parentheses.
 
-        Args:
-            workers: Workers to ask.
-            timeout_s: Seconds to wait for all workers together.
+        The time is for all workers together.
         """
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):

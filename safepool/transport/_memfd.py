@@ -58,11 +58,7 @@ _DECLINED = b"\x00"
 
 
 class Stored(Filed):
-    """One file with consecutive segments of a payload.
-
-    Args:
-        descriptor: The sealed file. This object owns it from now on.
-    """
+    """One sealed file with consecutive segments of a payload. It owns the descriptor."""
 
     __slots__ = ("_descriptor",)
 
@@ -79,11 +75,7 @@ class Stored(Filed):
         return [self._descriptor]
 
     def segments(self) -> list[memoryview]:
-        """Return the content of the file, mapped or read.
-
-        Raises:
-            MemoryError: The process has no memory for the content.
-        """
+        """Return the content of the file, mapped or read."""
         return [*_map(self._descriptor, self.lengths)]
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
@@ -97,16 +89,10 @@ class Stored(Filed):
 
 
 def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> list[Segment]:
-    """Copy a payload's buffers into files.
+    """Copy a payload's buffers into files; each run of segments in one file becomes that file.
 
-    Args:
-        segments: Segments of a payload.
-        given_up: Function that returns ``True`` when the arrays are no longer needed. Polled
-            during the copy.
-
-    Returns:
-        The segments, with each run of segments in one file replaced by that file. Unchanged if the
-        system refuses a file because no descriptor is left or files are forbidden.
+    Unchanged if the system refuses a file because no descriptor is left or files are forbidden.
+    ``given_up`` is asked during the copy whether the arrays are no longer needed.
 
     Raises:
         MemoryError: The memory that is left is too small for the copy.
@@ -322,11 +308,9 @@ def _libc() -> Any:
 
 
 class Side:
-    """One end of the socket pair for a channel's descriptors.
+    """One end of the socket pair for a channel's descriptors, which keeps messages apart.
 
-    Args:
-        sock: Connected, of the kind that keeps messages apart. Owned by this object.
-        waits: Whether sending waits for room, as in a worker, or not, as in a pool.
+    With ``waits`` sending waits for room, as in a worker; a pool's does not.
     """
 
     def __init__(self, sock: socket.socket, *, waits: bool) -> None:
@@ -353,19 +337,10 @@ class Side:
         return True
 
     def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
-        """Return the segments of a file that a frame refers to.
+        """Return the segments of a file, or the descriptors, that a frame refers to.
 
-        Args:
-            lengths: Theirs; a descriptor that is no file has none.
-            mapped: Map the file and close it; otherwise return the file itself, as one
-                :class:`Stored`.
-
-        Returns:
-            The segments; in the place of each the reason, if this process has no memory or no
-            descriptor for them.
-
-        Raises:
-            CorruptFrameError: The file was not sent, or has another content.
+        In the place of each is the reason, if this process has no memory or no descriptor for
+        them. Unless ``mapped``, the file itself is returned, as one :class:`Stored`.
         """
         self._received += 1
         handed = not any(lengths)
@@ -506,8 +481,7 @@ _spare = _Spare()
 def invite(sock: socket.socket) -> Side | None:
     """Make this end of a new channel's side, and send the other end before all else.
 
-    Returns:
-        This end; ``None`` if the system has no descriptor for it: then all data use the stream.
+    ``None`` if the system has no descriptor for it: then all data use the stream.
     """
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -527,11 +501,7 @@ def invite(sock: socket.socket) -> Side | None:
 
 
 def accept(sock: socket.socket) -> Side | None:
-    """Receive the other end, in a worker, before it reads anything else.
-
-    Raises:
-        ConnectionError: The pool is gone.
-    """
+    """Receive the other end, in a worker, before it reads anything else."""
     data, rights, _, _ = sock.recvmsg(1, _RIGHTS_BYTES, linux.MSG_CMSG_CLOEXEC)
     if not data:
         raise ConnectionError("the pool is gone")

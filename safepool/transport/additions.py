@@ -310,11 +310,7 @@ _MOST_ATTRIBUTES = 32
 
 
 def add(one: Addition) -> None:
-    """Put something into a module of this process.
-
-    Raises:
-        Exception: The module is another one here, or its own code raised.
-    """
+    """Put something into a module of this process, which may be another one here and raise."""
     holder: Any = importlib.import_module(one.module)
     for step in one.path:
         holder = holder[step[0]] if type(step) is tuple else vars(holder)[step]

@@ -94,7 +94,7 @@ class _Space:
 def _class_with(space: Any) -> type | None:
     """Return the class that has these attributes; ``None`` if it is gone.
 
-    The search goes through all classes: after gc.freeze() the collector does not find references.
+    Through all classes: after gc.freeze() the collector does not find references.
     """
     rest: list[type] = [object]
     seen: set[type] = set()

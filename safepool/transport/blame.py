@@ -28,9 +28,8 @@ _MOST_S = 0.2
 def find_unpicklable(value: object, dumps: Callable[[object], object]) -> str:
     """Return the path to the object in ``value`` that cannot be pickled, in words.
 
-    Returns:
-        The innermost object that was found first, with ``of`` in between; empty if it is ``value``
-        itself, or unknown.
+    It leads to the innermost object that was found first; empty if it is ``value`` itself, or
+    unknown.
 
     Example:
         >>> import pickle, threading

@@ -95,10 +95,8 @@ def _keep(made: Any) -> None:
 class ByValuePickler(CloudPickler):
     """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`.
 
-    Attributes:
-        to_worker: Whether it pickles for a worker, in which ``__main__`` is what this pickler
-            says.
-        namespace: Replacement of the globals of ``__main__``.
+    With ``to_worker`` it pickles for a worker, in which ``namespace`` stands for the globals of
+    ``__main__``.
     """
 
     to_worker = False
@@ -173,9 +171,8 @@ def reducer_table(
 ) -> ChainMap[type, Callable[[Any], Any]]:
     """Return the reducers for other objects than classes and functions.
 
-    Args:
-        special: Reducers for arrays, and those registered with ``multiprocessing``.
-        loky_imported: Reducers may have been registered with loky, and hold here.
+    ``special`` are those for arrays, and those registered with ``multiprocessing``. Others may
+    have been registered with loky, and hold here.
     """
     own: dict[type, Callable[[Any], Any]] = {
         types.CodeType: _reduce_code,

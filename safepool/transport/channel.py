@@ -45,8 +45,8 @@ class Channel:
     """Send and receive frames on one socket.
 
     Args:
-        sock: A connected stream socket, blocking for a worker and not for a pool. The channel owns
-            it from now on.
+        sock: A connected stream socket, blocking for a worker and not for a pool. Owned by this
+            object.
         side: Channel for descriptors; ``None``: everything goes through the stream.
 
     Raises:
@@ -80,12 +80,7 @@ class Channel:
     def store(
         self, segments: Sequence[Segment], given_up: Callable[[], bool] = bool
     ) -> list[Segment]:
-        """Return the payload in the form to send: copied into files if it is large.
-
-        Raises:
-            MemoryError: The memory limits leave no room for the copy.
-            InterruptedError: The copy was given up.
-        """
+        """Return the payload in the form to send: copied into files if it is large."""
         if self.takes_file(segments):
             return store(segments, given_up)
         require(sum(map(size_of, segments)))
@@ -94,13 +89,9 @@ class Channel:
     def hand_over(self, segments: Sequence[Segment]) -> list[Segment]:
         """Send the files of a payload, just before the frame that refers to them.
 
-        Returns:
-            Content of the frame: the payload, with segments that could not be sent as files read
-            into memory. Descriptors that cannot be sent become empty segments; using one raises an
-            error.
-
-        Raises:
-            MemoryError: The process has no memory for these segments.
+        Returns the content of the frame: the payload, with segments that could not be sent as
+        files read into memory. Descriptors that cannot be sent become empty segments; using one
+        raises an error.
         """
         gone: list[Segment] = []
         for segment in segments:
@@ -157,11 +148,10 @@ class Channel:
             self.send([frame[sent:]])
 
     def offer(self, frame: bytes) -> bool:
-        """Send a frame without waiting for the other end, on any socket.
+        """Send a frame without waiting, on any socket; return whether it was taken.
 
-        Returns:
-            Whether it was taken: sent, or queued as the only one. ``False`` while an earlier
-            one is queued, and always where the system can only wait (Windows).
+        ``False`` while an earlier one is queued, and always where the system can only wait
+        (Windows).
         """
         if not _DO_NOT_WAIT:
             return False
@@ -196,10 +186,8 @@ class Channel:
     def receive_raw(self) -> bytes:
         """Wait for the first bytes of a frame; return them with all that has arrived.
 
-        Bytes that are no complete message the caller knows go to :meth:`feed`.
-
-        Returns:
-            Nothing, at once, if a part of a frame is here: :meth:`receive` is to be called.
+        Bytes that are no complete message the caller knows go to :meth:`feed`. Returns nothing, at
+        once, if a part of a frame is here: :meth:`receive` is to be called.
         """
         if self._fed or not self._reader.is_empty:
             return b""
@@ -218,14 +206,9 @@ class Channel:
     def receive(self, *, everything: bool = False) -> Iterator[Frame]:
         """Yield frames that have arrived, or on a blocking socket wait for some.
 
-        Args:
-            everything: Go on until nothing is left to read. Without it the call ends after a
-                while, so that one busy worker does not delay the others; on a blocking socket it
-                ends after the frames that have arrived with the end of the first.
-
-        Raises:
-            ChannelClosedError: The other end is gone and everything it sent was yielded.
-            CorruptFrameError: The bytes that it sent are not a frame.
+        With ``everything`` it goes on until nothing is left to read. Without, the call ends after
+        a while, so that one busy worker does not delay the others; on a blocking socket after the
+        frames that have arrived with the end of the first.
         """
         if self._fed:
             yield from self._cut_fed()
@@ -302,11 +285,7 @@ def size_of(segment: Segment) -> int:
 
 
 def store_large(segments: Sequence[Segment]) -> list[Segment]:
-    """Return a payload for several workers, in files if it is large.
-
-    Raises:
-        MemoryError: The memory limits leave no room for the copy.
-    """
+    """Return a payload for several workers, in files if it is large."""
     return store(segments) if _is_large(segments) else list(segments)
 
 

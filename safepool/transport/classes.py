@@ -66,9 +66,8 @@ _REGISTERED_WITH = "<registered>"
 def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
     """Return the recipe for making a class again.
 
-    Returns:
-        A function, its arguments, and the attributes that :func:`fill_class` sets afterwards. For
-        a type that another type determines, only the function and its arguments.
+    A function, its arguments, and the attributes that :func:`fill_class` sets afterwards. For a
+    type that another type determines, only the function and its arguments.
     """
     derived = _reduce_derived(kind)
     if derived is not None:

@@ -76,11 +76,7 @@ _thread = threading.local()
 
 
 class Handed(Filed):
-    """Descriptors in transit, with a pickle that refers to them.
-
-    Args:
-        numbers: At most 253, owned by this object from now on.
-    """
+    """At most 253 descriptors in transit, with a pickle that refers to them. It owns them."""
 
     __slots__ = ("__weakref__", "_numbers", "_pid")
 
@@ -125,8 +121,7 @@ def under_way() -> list[int]:
 class Descriptor(bytearray):
     """A descriptor that has arrived; an empty segment behind the buffers.
 
-    Args:
-        number: Owned by this object, until it is detached.
+    It belongs to this object, until it is detached.
     """
 
     __slots__ = ("_number",)
@@ -136,11 +131,7 @@ class Descriptor(bytearray):
         self._number = number
 
     def detach(self) -> int:
-        """Pass the descriptor on, as :class:`multiprocessing.resource_sharer.DupFd` does.
-
-        Raises:
-            OSError: The descriptor was given away before.
-        """
+        """Pass the descriptor on, once, as :class:`multiprocessing.resource_sharer.DupFd` does."""
         number, self._number = self._number, -1
         if number < 0:
             raise OSError(
@@ -157,8 +148,7 @@ class Descriptor(bytearray):
 class Outgoing:
     """Takes the descriptors that a pickler of this thread meets, inside a ``with`` block.
 
-    Args:
-        allowed: They can be sent; otherwise an object that has one cannot be pickled.
+    Unless ``allowed``, an object that has one cannot be pickled.
     """
 
     __slots__ = ("_before", "_numbers", "allowed")
@@ -168,12 +158,7 @@ class Outgoing:
         self._numbers: list[int] = []
 
     def take(self, descriptor: int) -> _Place:
-        """Return the pickled form of a descriptor, and keep a duplicate of the descriptor.
-
-        Raises:
-            PicklingError: The descriptor cannot be sent.
-            OSError: The descriptor is not open, or this process has no free descriptor.
-        """
+        """Return the pickled form of a descriptor, and keep a duplicate of the descriptor."""
         if not self.allowed:
             raise pickle.PicklingError(
                 f"descriptor {descriptor} (of a socket, a connection or the like) can be handed "
@@ -224,9 +209,7 @@ class _Place:
 class Incoming:
     """Offers the descriptors that came with a pickle while it is read, inside a ``with`` block.
 
-    Args:
-        segments: Segments of the payload that are a descriptor, in its order; in the place of one
-            that could not be sent, another empty one.
+    In the place of one that could not be sent is another empty segment.
     """
 
     __slots__ = ("_before", "_segments")
@@ -235,11 +218,7 @@ class Incoming:
         self._segments = segments
 
     def take(self, place: int) -> Descriptor:
-        """Return the one at a place.
-
-        Raises:
-            OSError: The descriptor could not be sent.
-        """
+        """Return the one at a place."""
         segment = self._segments[place]
         if isinstance(segment, Descriptor):
             return segment
@@ -260,11 +239,7 @@ class Incoming:
 
 
 def arrive(place: int) -> Descriptor:
-    """Return the descriptor at a place of this thread's payload. Pickles call this function.
-
-    Raises:
-        LookupError: The descriptor was not sent: the pickle did not come from a pool's channel.
-    """
+    """Return the descriptor at a place of this thread's payload. Pickles call this function."""
     incoming: Incoming | None = getattr(_thread, "incoming", None)
     if incoming is None:
         raise LookupError(
@@ -276,11 +251,10 @@ def arrive(place: int) -> Descriptor:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Registered:
-    """Reducers that were registered with ``multiprocessing`` at one time.
+    """Reducers that were registered with ``multiprocessing`` at one time, by type.
 
-    Attributes:
-        reducers: By type; without those of the standard library that pickle does not need.
-        beyond: ``True`` if some reducers are for types that pickle itself accepts.
+    Without those of the standard library that pickle does not need. ``beyond`` is ``True`` if some
+    are for types that pickle itself accepts.
     """
 
     reducers: dict[type, Callable[[Any], Any]]

@@ -43,11 +43,8 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
 
     All other types have the pickler's default as entry: C code that finds an entry is faster than
     a miss, and than a method of the pickler that is called for each object. An object of a class
-    of ``__main__`` ends the pickling: it travels by value.
-
-    Args:
-        special: Other reducers. The mapping may return an entry for a type that it does not
-            contain.
+    of ``__main__`` ends the pickling: it travels by value. ``special`` are other reducers, which
+    may have an entry for a type that they do not contain.
     """
 
     def __init__(self, special: Mapping[type, Callable[[Any], Any]]) -> None:
@@ -193,9 +190,6 @@ class Sendable:
     """Replacement in a pickle for an exception with a part that cannot be pickled.
 
     An argument of that kind is replaced by :class:`Unsent`, an attribute is left out.
-
-    Attributes:
-        error: The value that was given.
     """
 
     def __init__(

@@ -122,11 +122,7 @@ class Frame(NamedTuple):
 
 
 class Filed:
-    """Segments that lie in one file, one after the other.
-
-    Attributes:
-        lengths: Lengths of each, in bytes, above 0.
-    """
+    """Segments that lie in one file, one after the other, none empty; their lengths in bytes."""
 
     __slots__ = ("lengths",)
 
@@ -273,12 +269,7 @@ class FrameReader:
     def received(self, count: int) -> Generator[Frame, None, bool]:
         """Account for ``count`` bytes in the last :meth:`buffer`; yield the complete frames.
 
-        Returns:
-            Whether there were any.
-
-        Raises:
-            CorruptFrameError: The bytes are not a frame of this version.
-            MemoryError: The process has no memory for the arriving segment.
+        Returns whether there were any.
         """
         if self._direct() is None:
             self._end += count

@@ -62,11 +62,7 @@ _COPIED_BYTES = sys.maxsize if "free-threading" in sys.version else 32 << 20
 
 
 class Sink(io.BytesIO):
-    """File that a pickler writes to.
-
-    Raises:
-        MemoryLimitError: By `write`. Bytes that were written before are dropped.
-    """
+    """File that a pickler writes to. When a write raises, all written before is dropped."""
 
     _done = _used = 0
     _slots = _FIRST_SLOTS
@@ -116,11 +112,7 @@ _EMPTY_BYTES = Sink.__basicsize__ + b"".__sizeof__()
 
 
 class Source:
-    """File that an unpickler reads from.
-
-    Raises:
-        MemoryLimitError: By `read` and `readinto`.
-    """
+    """File that an unpickler reads from."""
 
     def __init__(self, pickled: Buffer) -> None:
         self._view = memoryview(pickled)
@@ -157,12 +149,7 @@ class Source:
 
 
 def load(pickled: Buffer, buffers: Iterable[Any] = ()) -> Any:
-    """Unpickle.
-
-    Raises:
-        MemoryLimitError: The memory limits leave no room for the objects.
-        Exception: The exception of unpickling.
-    """
+    """Unpickle, if the memory limits leave room for the objects."""
     if len(pickled) < STEP_BYTES:
         return pickle.loads(pickled, buffers=buffers)
     return pickle.Unpickler(Source(pickled), buffers=buffers).load()

@@ -109,15 +109,10 @@ def held_by_module(
 ) -> tuple[str, str] | None:
     """Tell which module has a global of a script, and under which name.
 
-    Args:
-        name: The global's name in the script.
-        value: The global.
-        space: The script's globals; those of ``__main__`` if not given.
-
-    Returns:
-        The name of a module that can be imported, and the attribute, with dots if it is one of an
-        attribute; empty if the object stands for the module itself. ``None`` if the object is the
-        script's own, is sent as a name anyway, or is a number or text.
+    The module can be imported. The attribute has dots if it is one of an attribute, and is empty
+    if the object stands for the module itself. ``None`` if the object is the script's own, is sent
+    as a name anyway, or is a number or text. Without ``space`` the script's globals are
+    ``__main__``'s.
 
     Example:
         >>> import os
@@ -322,16 +317,9 @@ class Held:
 def attribute_of(module: str, attribute: str, kind: str, copy: bytes | None) -> Any:
     """Return an object of a module. Called by a pickle.
 
-    Args:
-        module: The module's name.
-        attribute: The same as :func:`held_by_module` returns it.
-        kind: The type of the sender's object.
-        copy: Pickle of the object, for a module that has another object under this name here,
-            because the program has set it at run time; ``None`` if there is none.
-
-    Raises:
-        ImportError: The module cannot be imported here.
-        AttributeError: The module has another object there, and there is no copy.
+    The copy, if there is one, is a pickle of the object, for a module that has another object
+    under this name here, because the program has set it at run time. ``kind`` is the type of the
+    sender's.
     """
     found = importlib.import_module(module)
     try:

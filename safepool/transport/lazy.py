@@ -28,9 +28,8 @@ _REPR = "<lazy_import '", "'>"
 def loaded(name: str, attribute: str) -> Any:
     """Return a module; ``None`` if it is not imported, or another thread is about to import it.
 
-    Args:
-        name: Name of the module.
-        attribute: The last of those that are asked for: an import makes them one after the other.
+    The attribute is the last of those that are asked for: an import makes them one after the
+    other.
 
     Example:
         >>> loaded("sys", "path") is sys

@@ -33,16 +33,9 @@ _READ_BYTES = 1 << 20
 
 
 def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) -> None:
-    """Send a message and duplicates of the descriptors.
+    """Send a message and duplicates of at most 253 descriptors.
 
-    Args:
-        sock: A connected stream socket of the family ``AF_UNIX``; blocking, or with a time limit.
-        message: Anything that pickle takes.
-        descriptors: At most 253 descriptors, which stay open here.
-
-    Raises:
-        ValueError: ``descriptors`` has more descriptors than one letter can carry.
-        OSError: The other end is gone, or reads nothing in time (``TimeoutError``).
+    The socket is a stream socket of the family ``AF_UNIX``; blocking, or with a time limit.
 
     Example:
         >>> here, there = socket.socketpair()
@@ -72,12 +65,7 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
 
 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
-    """Return a message and the descriptors that came with it; ``None`` if there will be none.
-
-    Raises:
-        OSError: The socket's time limit was exceeded (``TimeoutError``), or it failed.
-        Exception: The exception of unpickling. The descriptors are closed, as in any other case.
-    """
+    """Return a message and the descriptors that came with it; ``None`` if there will be none."""
     descriptors = array("i")
     # socket.recv_fds() is not used: it drops the flag (Python 3.11 to 3.13).
     room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * descriptors.itemsize)

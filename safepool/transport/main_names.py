@@ -27,14 +27,12 @@ def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
 class MainNames:
     """Names of ``__main__`` that the workers of one pool have.
 
-    A pool whose workers do not run the script calls :meth:`learn` with no marks.
+    A pool whose workers do not run the script calls :meth:`learn` with no marks. The values of the
+    program's data globals at the end of the top level are requested when they are needed.
 
     Attributes:
         learned: Number of different reports so far.
         are_known: Whether anything may travel by name.
-
-    The values of the program's data globals at the end of the top level are requested when they
-    are needed: see :meth:`changed`.
     """
 
     def __init__(self) -> None:
@@ -51,12 +49,10 @@ class MainNames:
         marks: Mapping[str, bytes],
         ask: Callable[[list[str]], Mapping[str, bytes | None]] | None = None,
     ) -> None:
-        """Take the report of the server.
+        """Take the report of the server: the marks that :func:`marks_of` returned there.
 
-        Args:
-            marks: The marks that :func:`marks_of` returned there.
-            ask: Returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
-                globals that it is given the names of. A name that it does not return is unknown.
+        ``ask`` returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
+        globals that it is given the names of. A name that it does not return is unknown.
         """
         self._ask = ask or _know_nothing
         if marks != self._marks:

@@ -85,11 +85,9 @@ def _never_loaded(*parts: object) -> None:
 
 
 def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any], Any]]:
-    """Return the reducers for a value with read-only arrays.
+    """Return the reducers for a value whose arrays above this size in bytes are read-only.
 
-    Args:
-        more_than_bytes: Size in bytes above which an array is read-only. Shared arrays and arrays
-            mapped from a file keep their own mode.
+    Shared arrays and arrays mapped from a file keep their own mode.
     """
     numpy = loaded("numpy", "ndarray")
     if numpy is None:
@@ -185,16 +183,8 @@ def reopen(
 ) -> Any:
     """Map an array from its file.
 
-    Args:
-        name: Path of the file.
-        mode: The same as for ``numpy.memmap``.
-        place: Position of the array's bytes in the file: first byte, number of bytes, and number
-            of bytes before the first item.
-        dtype: Type of the items.
-        shape: Lengths of the dimensions.
-        strides: Steps of the dimensions, in bytes.
-        writeable: Whether the array may be written to.
-        as_memmap: Whether the array is a ``numpy.memmap`` itself, and not only a view of a memmap.
+    Its place in the file is the first byte, the number of bytes, and the number of bytes before
+    the first item. With ``as_memmap`` it is a ``numpy.memmap`` itself, and not only a view of one.
     """
     np: Any = sys.modules["numpy"]  # the dtype has brought it
     offset, length, first = place

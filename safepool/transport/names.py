@@ -163,11 +163,7 @@ class Met:
 
 
 def of_script(path: str) -> Any:
-    """Return the object at a dotted name of the script's ``__main__``. Pickles call this function.
-
-    Raises:
-        NameError: ``__main__`` has no such object.
-    """
+    """Return the object at a dotted name of the script's ``__main__``. Pickles call this."""
     root, _, rest = path.partition(".")
     try:
         found = main_space()[root]

@@ -57,6 +57,9 @@ def dumps(
 ) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
 
+    The buffers are views of the value's own memory, which must not change before they are sent. A
+    value with an open descriptor is refused: only :func:`dumps_to_send` takes it.
+
     Args:
         value: Anything that pickle or cloudpickle can pickle.
         into_main: ``True`` gives functions of ``__main__`` the receiver's ``__main__`` as their
@@ -66,15 +69,6 @@ def dumps(
             once, without a first try by reference.
         reducers: Reducers of certain types, for this value only.
         reductions: Results of methods for pickling that ran for this value before.
-
-    Returns:
-        At least one segment. The buffers are views of the value's own memory, which must not
-        change before they are sent.
-
-    Raises:
-        Exception: The exception of the pickler, usually ``pickle.PicklingError`` or ``TypeError``;
-            it names the object. The same for a value with an open descriptor: only
-            :func:`dumps_to_send` takes it.
 
     Example:
         >>> loads(dumps({"a": lambda: 3}))["a"]()
@@ -156,14 +150,8 @@ def _tried(
 def loads(segments: Sequence[Buffer]) -> Any:
     """Return the object that :func:`dumps` made the segments of.
 
-    Args:
-        segments: The pickle, then its buffers in order. Arrays are built on the buffers
-            themselves, so they are writable where the buffer is.
-
-    Raises:
-        MemoryError: There is no memory for a segment.
-        OSError: The same, for want of a descriptor.
-        Exception: The exception of unpickling.
+    Arrays are built on the buffers themselves, so they are writable where the buffer is. A segment
+    that could not be received raises its error.
     """
     buffers = segments[1:]
     if buffers or type(segments[0]) is Missing:
@@ -285,9 +273,7 @@ held.write_copy = dump_by_value
 def main_namespace(package: str | None = None) -> dict[str, Any]:
     """Return the globals of this process's ``__main__``; what arrives by value asks for them.
 
-    Args:
-        package: Package of the sender's ``__main__`` (``python -m package``), for relative imports
-            in its functions.
+    The package is that of the sender's ``__main__`` (``python -m package``), for relative imports.
     """
     names = main_space()
     if package:

@@ -90,11 +90,7 @@ def known() -> bool:
 
 
 def value_of(shared: Handle, value: object) -> int:
-    """Note the object that is shared, so that it is known where it is met.
-
-    Returns:
-        The key to :data:`value_gone`.
-    """
+    """Note the object that is shared, so that it is known where it is met; return its key."""
     if type(value).__module__ != "numpy" or type(value).__name__ != "ndarray":
         return 0
     key = id(_owner(value))
@@ -143,11 +139,7 @@ def reference_to(array: Any) -> tuple[Any, ...] | None:
 
 
 def attach(number: int) -> Any:
-    """Return the shared object of a number. Pickles call this function.
-
-    Raises:
-        LookupError: No shared object has the number.
-    """
+    """Return the shared object of a number. Pickles call this function."""
     given: Mapping[int, Any] | None = getattr(_thread, "given", None)
     if given is not None:
         return given[number]

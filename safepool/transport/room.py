@@ -160,12 +160,7 @@ class _Room:
 
 
 def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
-    """Return if the memory limits leave room for a copy.
-
-    Args:
-        size_bytes: Size of the copy that is made now.
-        done_bytes: Size of the earlier steps of a copy.
-        whole_bytes: Size of the whole copy.
+    """Return if the memory limits leave room for a copy, or for this step of a larger one.
 
     Raises:
         MemoryLimitError: Without room, the kernel would have to end a process.
@@ -192,9 +187,6 @@ def require_to_pickle(values: Iterable[Any]) -> None:
     """Return if there is room for the pickle of values of which some are large in one piece.
 
     They may be in a small container.
-
-    Raises:
-        MemoryLimitError: The same as :func:`require`.
     """
     for value in values:
         kind = type(value)

@@ -89,14 +89,7 @@ _WRITABLE, _READ_ONLY = b"w", b"r"
 
 
 class Shared(Generic[_T]):
-    """The handle of a shared object.
-
-    Args:
-        segments: Pickle and buffers of the object, as they are sent.
-
-    Attributes:
-        number: Number of the object in its process.
-    """
+    """The handle of a shared object: its number in this process, and its pickle and buffers."""
 
     def __init__(self, segments: Sequence[Buffer | Filed], *, writable: bool) -> None:
         self.number: int = next(_numbers)

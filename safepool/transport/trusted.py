@@ -83,8 +83,7 @@ class UntrustedError(Exception):
 def dumps(value: object) -> list[bytes | memoryview]:
     """Return the segments of a value, as :func:`~safepool.transport.payloads.dumps` does.
 
-    Raises:
-        UntrustedError: Pickling may run code of the program, or fails.
+    Raises `UntrustedError` if that may run code of the program, or fails.
 
     Example:
         >>> pickle.loads(dumps({"a": [1, 2.0]})[0])
@@ -111,12 +110,7 @@ def _dump(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> byte
 
 
 def loads(segments: Sequence[Buffer]) -> Any:
-    """Return the object that segments were made of.
-
-    Raises:
-        UntrustedError: Unpickling may run code of the program.
-        Exception: The exception of unpickling.
-    """
+    """Return the object of segments, or raise `UntrustedError` if code of the program may run."""
     head, *buffers = segments
     for segment in segments:
         if isinstance(segment, Missing):
@@ -131,22 +125,14 @@ def loads(segments: Sequence[Buffer]) -> Any:
 
 
 def loads_small(pickled: bytes) -> Any:
-    """Return the object of a small pickle without buffers, as :func:`loads`.
-
-    Raises:
-        UntrustedError: Unpickling may run code of the program.
-        Exception: The exception of unpickling.
-    """
+    """Return the object of a small pickle without buffers, as :func:`loads`."""
     if b"\x93" not in pickled and not copyreg._extension_registry:  # type: ignore[attr-defined]
         return pickle.loads(pickled)
     return loads([pickled])
 
 
 class _Pickler(pickle.Pickler):
-    """Refuses objects that are not known to be harmless.
-
-    Asked for all but the exact built-in types.
-    """
+    """Refuses objects that are not known to be harmless. Asked for all but built-in types."""
 
     def reducer_override(self, obj: Any) -> Any:
         if not _is_trusted(obj):

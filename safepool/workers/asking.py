@@ -72,11 +72,7 @@ class CannotRunError(Exception):
 
 
 class Wish(NamedTuple):
-    """Modules that a pool wants a server to have imported.
-
-    Attributes:
-        strict: They were asked for by name.
-    """
+    """Modules that a pool wants a server to have imported; ``strict`` if it has named them."""
 
     modules: Sequence[str]
     strict: bool
@@ -88,16 +84,11 @@ class RunningServer:
 
     Args:
         plan: The script that the server runs.
-        forks: ``False`` if each worker is an interpreter of its own, and the server only answers
-            requests.
+        forks: ``False`` if each worker is an interpreter of its own.
 
     Attributes:
         marks: Names that the script has made; ``None`` before the run of the script.
         answers: Whether the server has sent a message; until then it may still be starting.
-
-    Raises:
-        OSError: The system lacks memory, processes or descriptors.
-        NoInterpreterError: No interpreter can be started.
     """
 
     def __init__(
@@ -243,11 +234,7 @@ class RunningServer:
         self._read |= {name: value_of(name, self._changes) for name in told["read"]}
 
     def run_script(self, given_up: Callable[[], bool], *, again: bool) -> Mapping[str, bytes]:
-        """Run the script of the plan, and return its names.
-
-        Raises:
-            CannotRunError: The script cannot be run.
-        """
+        """Run the script of the plan, and return its names, or raise `CannotRunError`."""
         plan = self._plan
         assert plan is not None
         details = {

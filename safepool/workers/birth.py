@@ -83,9 +83,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     Args:
         details: :func:`circumstances`, and the pool's own entries.
         line: Reading end of the life-line.
-        own: Descriptors for this worker: the program's working directory, standard output and
-            error, the pipe to multiprocessing's resource tracker, the worker's end of the channel,
-            the board if it has one, and descriptors that its initializer inherits.
+        own: Descriptors for this worker, in the order in which they are taken apart here.
     """
     folder, out, err, tracker, channel, *more = own
     board = more.pop(0) if details["board"] else None

@@ -106,11 +106,7 @@ class Left(NamedTuple):
 
 
 class Board:
-    """The mapped board of one worker.
-
-    Args:
-        descriptor: The file that :meth:`create` made. The board owns it from now on.
-    """
+    """The mapped board of one worker. It owns the descriptor, which :meth:`create` made."""
 
     __slots__ = (
         "_cells",
@@ -142,11 +138,7 @@ class Board:
 
     @classmethod
     def create(cls) -> Board:
-        """Return a new board; :data:`NO_BOARD` where the system cannot give one.
-
-        Raises:
-            OSError: No descriptor or no memory is left.
-        """
+        """Return a new board; :data:`NO_BOARD` where the system cannot give one."""
         descriptor = _create_file() if has_barrier() else None
         if descriptor is None:
             return NO_BOARD
@@ -245,8 +237,7 @@ class Board:
     def enter_lane(self, last: int) -> memoryview:
         """Let each result in the lane claim the call that follows, up to this position.
 
-        Returns:
-            The cells: the one at ``REVOKED`` is to be read after each result.
+        Returns the cells: the one at ``REVOKED`` is to be read after each result.
         """
         self._cells[_LAST] = last
         return self._cells
@@ -397,12 +388,7 @@ NO_BOARD: Board = _NoBoard()
 
 
 class Seen(NamedTuple):
-    """One worker's board, as another process reads it.
-
-    Attributes:
-        name: Name of the running function; ``None`` while nothing runs.
-        since_ns: Begin of the call, by the monotonic clock.
-    """
+    """One worker's board, as another process reads it; the name is ``None`` while nothing runs."""
 
     pid: int
     name: str | None
@@ -410,17 +396,10 @@ class Seen(NamedTuple):
 
 
 def boards_of(process: int) -> list[Seen]:
-    """Read the boards that another process shares with workers.
+    """Read the boards that another process shares with workers. Linux only; changes nothing.
 
-    Linux only; the function changes nothing.
-
-    The kernel shows the descriptors of a process to its own user and to root alone.
-
-    Raises:
-        OSError: The process does not exist, or access is refused.
-
-    Source:
-        proc_pid_fd(5).
+    The kernel shows the descriptors of a process to its own user and to root alone
+    (proc_pid_fd(5)); to others this raises ``OSError``.
     """
     found: dict[int, Seen] = {}
     folder = f"/proc/{process}/fd"
@@ -452,11 +431,7 @@ def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
 
 
 def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryview]]:
-    """Yield position, microseconds, kind and pickle of each record.
-
-    Raises:
-        ValueError: The last one is cut off.
-    """
+    """Yield position, microseconds, kind and pickle of each record."""
     view = memoryview(data)
     at, end = 0, len(data)
     size = RECORD.size

@@ -55,14 +55,8 @@ _lock = threading.Lock()
 class CappedProcess(multiprocessing.context.ForkServerProcess):
     """A process of ``multiprocessing`` that the server of its environment forks.
 
-    Args:
-        environment: Environment of the worker; ``None`` for a variable that the worker must not
-            have.
-        threads: Threads for each native pool of the worker.
-        cpus: CPUs that the worker is bound to; empty for no binding. The server is bound to the
-            CPUs of the first worker, so that a library starts as many threads as one worker has
-            CPUs.
-        more: The same as for ``multiprocessing.Process``.
+    The server is bound to the CPUs of the first worker, so that a library starts as many threads
+    as one worker has CPUs.
     """
 
     def __init__(

@@ -42,12 +42,10 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
 
     Args:
         preload: Modules that the server imports ahead: ``"auto"``, or names of modules.
-        plan: Way of ``__main__`` into the workers; ``None`` is by value.
+        plan: Way of ``__main__`` into the workers; ``None`` is by value. Replaced here if a script
+            cannot be run.
         asked_only: ``True`` if nothing is forked, and the server only reports the names that
             workers have which run the script themselves.
-
-    Attributes:
-        plan: The same, or its replacement: a script that cannot be run is sent by value.
     """
 
     _name = "safepool"

@@ -178,11 +178,7 @@ class ForkedProcess:
 
 
 class ChildProcess(ForkedProcess):
-    """A worker that this process has started itself, and so waits for itself.
-
-    Args:
-        status: A pipe that turns readable when it has ended.
-    """
+    """A worker that this process has started itself, and so waits for itself."""
 
     def __init__(
         self, name: str, started: subprocess.Popen[bytes], status: int, line: int

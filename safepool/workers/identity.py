@@ -27,11 +27,7 @@ _LOOK_S = 1.0
 
 
 def rights() -> tuple[str, ...]:
-    """Return what this process may do; elsewhere than on Linux its effective user and group.
-
-    Raises:
-        OSError: No descriptor is left to look with.
-    """
+    """Return what this process may do; elsewhere than on Linux its effective user and group."""
     found = []
     with _as_far_as_shown(), open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         found += [line for line in file if line.startswith(_RIGHTS)]
@@ -39,11 +35,7 @@ def rights() -> tuple[str, ...]:
 
 
 def place() -> tuple[str, ...]:
-    """Return where this process is: control groups, name spaces, root directory.
-
-    Raises:
-        OSError: No descriptor is left to look with.
-    """
+    """Return where this process is: control groups, name spaces, root directory."""
     found = []
     with _as_far_as_shown():
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
@@ -109,11 +101,7 @@ if sys.platform == "linux":
         return os.getgroups(), os.getresgid(), os.getresuid()
 
     def take(wanted: tuple[Any, ...]) -> None:
-        """Become these users and groups, from :func:`users` of another process.
-
-        Raises:
-            OSError: This process may not.
-        """
+        """Become these users and groups, from :func:`users` of another process."""
         groups, group, user = wanted
         os.setgroups(groups)
         os.setresgid(*group)

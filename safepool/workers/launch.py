@@ -90,10 +90,8 @@ class KeptServer:
     """A fork server below a keeper, with the interface of ``subprocess.Popen``.
 
     The keeper (``keeper``) is this process's child, the server the keeper's. On request, the
-    keeper ends the server and reports how it ended.
-
-    Args:
-        sock: This end of its socket. Closed, it tells the keeper that the program is gone.
+    keeper ends the server and reports how it ended. The end of ``sock`` tells it that the program
+    is gone.
 
     Attributes:
         pid: Process id of the server; 0 until the server has sent it.
@@ -121,11 +119,7 @@ class KeptServer:
         return self._ask(0.0)
 
     def wait(self, timeout: float) -> int:
-        """Wait for the end of the server, and return how it ended.
-
-        Raises:
-            subprocess.TimeoutExpired: The server runs on.
-        """
+        """Wait for the end of the server, and return how it ended, as ``Popen.wait()``."""
         found = self._ask(timeout)
         if found is None:
             raise subprocess.TimeoutExpired("the fork server", timeout)
@@ -214,12 +208,7 @@ def forget() -> None:
 def launch(
     changes: Mapping[str, str | None], *, becomes: bool, is_kept: bool
 ) -> tuple[subprocess.Popen[bytes] | KeptServer, socket.socket]:
-    """Start an interpreter that serves, or becomes a worker; return it and this end of its socket.
-
-    Raises:
-        OSError: The system lacks memory, processes or descriptors.
-        NoInterpreterError: No interpreter can be started.
-    """
+    """Start an interpreter that serves, or becomes a worker; return it and its socket."""
     ours, theirs = _pair()
     # Above the standard streams, which the child gets others for; a program may have closed
     # its own.
@@ -325,11 +314,7 @@ def _send_path(sock: socket.socket) -> None:
 
 
 def executable() -> str:
-    """Return the interpreter, as multiprocessing's own start methods find it.
-
-    Raises:
-        NoInterpreterError: The path is unknown, because Python is embedded in another program.
-    """
+    """Return the interpreter, as multiprocessing's own start methods find it."""
     found = multiprocessing.spawn.get_executable()
     if not found:
         if not sys.executable:
@@ -406,8 +391,7 @@ def handing(
 ) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
     """Open the descriptors for a worker, for the time of handing them over.
 
-    Yields:
-        Its details, its descriptors, and this side of it: for :func:`let_in`.
+    Yields its details, its descriptors, and this side of it, for :func:`let_in`.
     """
     me: Any = multiprocessing.current_process()
     # Numbered as multiprocessing numbers the children of a process, over all its pools: no number

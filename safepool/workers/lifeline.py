@@ -41,8 +41,7 @@ _SINCE_LINUX = (5, 6)
 def hold(descriptor: int) -> int:
     """End this process by ``SIGKILL`` as soon as the program is gone. Returns the new reading end.
 
-    Raises:
-        OSError: The system lacks this feature (some emulations of Linux, and old versions).
+    Raises ``OSError`` on some emulations of Linux, and old versions.
     """
     if not _is_there():
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -78,19 +78,11 @@ class Outbox:
         self.logged: bool = False
 
     def hand_over(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """Send the files of an answer, just before the frame that refers to them.
-
-        Raises:
-            MemoryError: They could not go, and there is no memory to send them otherwise.
-        """
+        """Send the files of an answer, just before the frame that refers to them."""
         return self._channel.hand_over(segments)
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Send a frame after every record that was added before. May wait for the pool.
-
-        Raises:
-            ChannelClosedError: The pool is gone.
-        """
+        """Send a frame after every record that was added before. May wait for the pool."""
         with self._lock:
             self._send_records()
             self._channel.send(pieces)
@@ -111,12 +103,8 @@ class Outbox:
     def add(self, record: logging.LogRecord, *, filtered: bool) -> None:
         """Send a record soon, or drop and count it. Never waits.
 
-        Args:
-            record: The record.
-            filtered: Its logger has filters in this process, and it has passed them.
-
-        Raises:
-            Exception: The exception of user code that makes text of its arguments.
+        With ``filtered`` its logger has filters in this process, and it has passed them. User code
+        makes text of its arguments, and may raise.
         """
         frame = b"".join(encode(Kind.LOG, 0, [pack_record(record, filtered=filtered)]))
         self.logged = True
@@ -232,12 +220,7 @@ def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
 def pack_record(record: logging.LogRecord, *, filtered: bool = False) -> bytes:
     """Pickle a record in words: its arguments and exception as text, as they are now.
 
-    Returns:
-        Bytes that :func:`unpack_record` reads. Values of ``extra=`` travel as themselves, or as
-        their ``repr()`` if they cannot be pickled.
-
-    Raises:
-        Exception: The exception of user code that makes text of the arguments.
+    Values of ``extra=`` travel as themselves, or as their ``repr()`` if they cannot be pickled.
     """
     told = dict(record.__dict__)
     told["msg"], told["args"] = str.__str__(record.getMessage()), None

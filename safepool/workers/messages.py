@@ -171,13 +171,10 @@ def function_of(segments: Sequence[bytes | bytearray | memoryview]) -> int:
 
 
 def values_frame(position: int, microseconds: int, values: list[object]) -> Pieces:
-    """Return the frame of what several calls returned.
+    """Return the frame of what several calls returned, from this position on.
 
-    Args:
-        position: The first one's.
-        microseconds: Time that they took together.
-        values: Values of types that are immutable and hold nothing: pickled as one list, they
-            arrive as they would one by one.
+    The values are of types that are immutable and hold nothing: pickled as one list, they arrive
+    as they would one by one.
     """
     head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), 0)
     return encode(Kind.VALUES, position, [head, pickle.dumps(values, 5)])
@@ -190,11 +187,7 @@ def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -
 
 
 def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, list[object]]:
-    """Return microseconds and values of a frame of :func:`values_frame` or :func:`numbers_frame`.
-
-    Raises:
-        CorruptFrameError: The frame is no frame of values.
-    """
+    """Return microseconds and values of a frame of values; `CorruptFrameError` if it is none."""
     try:
         head, data = segments
         spent, kind = _VALUES.unpack(head)
@@ -209,11 +202,7 @@ def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int
 def read_tasks(
     segments: Sequence[bytes | bytearray | memoryview],
 ) -> Iterator[tuple[int, memoryview]]:
-    """Yield function and pickle of each call in a frame of :func:`tasks_frame`.
-
-    Raises:
-        CorruptFrameError: The table does not fit what follows it.
-    """
+    """Yield function and pickle of each call in a frame of :func:`tasks_frame`."""
     if len(segments) != 2 or len(segments[0]) % _CALL.size:
         raise CorruptFrameError("a frame of calls without a valid table of calls")
     pickles = memoryview(segments[1])

@@ -74,14 +74,9 @@ class MainPlan(NamedTuple):
         return MainPlan(mode="value", because=because)
 
     def asked_at_top_level(self, frame: FrameType | None) -> int:
-        """Return the line of the script's top level, outside of a guard, that is being run.
+        """Return the line of the script's top level, outside of a guard, that is being run, or 0.
 
-        Args:
-            frame: Frame of the caller that asks for a pool. Run in the server, that line would ask
-                again.
-
-        Returns:
-            The line; 0 if the caller is below a guard, or was not called by the top level.
+        Run in the server, that line would ask for a pool again. The frame is that of the caller.
         """
         names = main_space()
         while frame is not None:
@@ -210,14 +205,9 @@ def _source_of(name: str, path: str) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def guarded_lines(source: str) -> tuple[tuple[int, int], ...]:
-    r"""Return where a script's top level asks whether it is run or imported.
+    r"""Return first and last line of each statement that asks whether a script is run or imported.
 
-    Args:
-        source: Text of the script.
-
-    Returns:
-        First and last line of each such statement; empty if there is none, or the text is no
-        Python. Functions, classes and values that are computed from ``__name__`` do not count.
+    Functions, classes and values that are computed from ``__name__`` do not count.
 
     Example:
         >>> guarded_lines('import os\nif "__main__" == __name__ and os.name:\n    print()')

@@ -70,8 +70,7 @@ class Runner:
     Args:
         board: Board shared with the pool; without one calls come one by one.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
-        imports: Listener to the imports of tasks, which the worker reports to the pool; ``None``
-            reports none.
+        imports: Listener to the imports of tasks, which the worker reports to the pool.
     """
 
     def __init__(
@@ -106,12 +105,7 @@ class Runner:
         self._lane: type = object
 
     def serve(self) -> None:
-        """Process the pool's messages until it sends stop.
-
-        Raises:
-            ChannelClosedError: The pool is gone.
-            CorruptFrameError: The pool sent a frame that is no message.
-        """
+        """Process the pool's messages until it sends stop."""
         while True:
             self._run_alone()
             for frame in self._channel.receive():
@@ -376,8 +370,7 @@ class Runner:
     ) -> tuple[int, bool]:
         """Call the function with the last items, as long as its results can go to the lane.
 
-        Returns:
-            The last position that has begun, and whether its result went there.
+        Returns the last position that has begun, and whether its result went there.
         """
         # Local names, and no look at the clock: for the shortest calls this loop is most of the
         # cost (benchmarks/dispatch.py, map).

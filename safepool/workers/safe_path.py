@@ -51,11 +51,9 @@ def _flags() -> list[str]:
 def is_safe(module: str = "os") -> bool:
     """Return whether the program does not import from the working directory itself.
 
-    Always false for a frozen program, which takes no options of Python.
-
-    Args:
-        module: Name of the module that the new interpreter has to import. Directories on
-            ``sys.path`` behind its own do not count.
+    Always false for a frozen program, which takes no options of Python. ``module`` is the name of
+    the one that the new interpreter has to import: directories on ``sys.path`` behind its own do
+    not count.
     """
     if hasattr(sys, "frozen"):
         return False

@@ -77,11 +77,6 @@ def run_script(
         path: The file.
         held: Variables that the script cannot change: the caps on native threads.
         code: Code that was run first; the file may have been changed since.
-
-    Returns:
-        ``problem``, in words, empty if there is none; ``seconds`` of its run; ``exits``, whether
-        :func:`finish` has work; ``marks``, from :func:`~safepool.transport.marks.marks_of`; and
-        ``code``, its code object in bytes.
     """
     server = os.getpid()
     module = types.ModuleType("__mp_main__")

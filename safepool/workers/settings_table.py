@@ -218,9 +218,9 @@ class _Levels:
     A library with its own class of loggers makes its logger at its import, and fails or gets
     another class if the name is taken. Hence a level waits here until its logger exists.
 
-    A level that a library sets for its logger at its import is replaced by the program's level:
-    the program has imported the library too, and has set its level later. A level that an
-    initializer or a task sets holds until the program changes its level.
+    A level that a library sets at its import is replaced by the program's, which has imported it
+    too, and has set the level later. One that an initializer or a task sets holds until the
+    program changes its level.
     """
 
     def __init__(self) -> None:

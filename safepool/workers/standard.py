@@ -53,10 +53,8 @@ _START_DESCRIPTORS = 8
 class StandardProcess:
     """A process of ``multiprocessing``, in the words of :class:`~safepool.workers.start.Started`.
 
-    Attributes:
-        sentinel: Descriptor that turns readable when it ends. Before Linux 5.3 and elsewhere it is
-            a pipe, which the worker's own children can hold open; ``None`` on Windows, where only
-            the channel tells.
+    Before Linux 5.3 and elsewhere its sentinel is a pipe, which the worker's own children can hold
+    open; on Windows only the channel tells.
     """
 
     def __init__(self, process: Any) -> None:

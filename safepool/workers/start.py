@@ -64,12 +64,7 @@ class WorkerStart:
 
 
 class Started(Protocol):
-    """A worker process that was started.
-
-    Attributes:
-        sentinel: Descriptor that turns readable when it has ended; ``None`` where nothing does.
-        process: In the words of ``multiprocessing.Process``.
-    """
+    """A worker process that was started."""
 
     pid: int
 
@@ -115,24 +110,14 @@ class StartMethod:
         board: Board,
         given_up: Callable[[], bool],
     ) -> Started:
-        """Start a worker.
-
-        Raises:
-            OSError: The system gave no process or no descriptor.
-            InterruptedError: The pool no longer needs the start.
-        """
+        """Start a worker, or raise ``InterruptedError`` if the pool no longer needs it."""
         raise NotImplementedError
 
     def is_asked_by(self, frame: FrameType | None) -> None:
         """Take note of the caller that the first worker is for, before it is started."""
 
     def prepare(self, environment: Mapping[str, str | None]) -> bool:
-        """Prepare the first worker; return whether later ones need no new process.
-
-        Raises:
-            OSError: The system lacks memory, processes or descriptors.
-            RuntimeError: The interpreter shuts down, or no interpreter can be started.
-        """
+        """Prepare the first worker; return whether later ones need no new process."""
         del environment
         return False
 
@@ -141,12 +126,8 @@ class StartMethod:
     ) -> Mapping[str, bytes]:
         """Run the program's script in the process that workers come from, if that is the plan.
 
-        Returns:
-            Names of the script that workers have, from :func:`~safepool.transport.marks.marks_of`.
-
-        Raises:
-            OSError: The system has no room for a process or a descriptor.
-            InterruptedError: The pool no longer needs the start.
+        Returns names of the script that workers have, from
+        :func:`~safepool.transport.marks.marks_of`.
         """
         del environment, threads, given_up
         return {}
@@ -156,8 +137,7 @@ class StartMethod:
     ) -> Mapping[str, bytes | None]:
         """Return what globals of the script are like where it was run, as far as that is known.
 
-        Returns:
-            By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
+        By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
         """
         del environment, names, given_up
         return {}
@@ -167,13 +147,7 @@ class StartMethod:
 
 
 class WorkerProcess:
-    """A running worker process.
-
-    Args:
-        board: The worker's shared board; closed with this object, also if the start fails.
-
-    Raises:
-        OSError: The system gave no process or no descriptor.
+    """A running worker process. Its board is closed with this object, also if the start fails.
 
     Attributes:
         process: The process, with the interface of ``multiprocessing.Process``; ``None`` after the

@@ -57,11 +57,7 @@ class Timed(NamedTuple):
 
 
 def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed]:
-    """Return the entries of a frame of times.
-
-    Raises:
-        CorruptFrameError: The frame is no frame of times.
-    """
+    """Return the entries of a frame of times."""
     if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
         raise CorruptFrameError("a frame of times has a wrong size")
     return [Timed._make(entry) for entry in _ENTRY.iter_unpack(segments[0])]

@@ -55,9 +55,6 @@ class TreeEnd:
     First all processes are stopped. A stopped process cannot start another, and cannot end and
     orphan its children. A fork in progress ends before the stop, and its child is found. Then all
     processes are killed.
-
-    Attributes:
-        found: Descendants of the worker that were seen.
     """
 
     def __init__(self, worker: Root) -> None:
@@ -86,10 +83,9 @@ class TreeEnd:
 
 
 class Descendant(NamedTuple):
-    """One process. Its id alone is not enough: another process may get the id later.
+    """One process, and when it was started, in ticks since the system started.
 
-    Attributes:
-        started: When, in ticks since the system started.
+    Its id alone is not enough: another process may get the id later.
     """
 
     pid: int
@@ -132,10 +128,7 @@ def try_to_signal(pid: int, number: int) -> None:
 def bury(processes: Collection[Descendant]) -> set[Descendant]:
     """Reap processes that were handed over to this process, which has not started them.
 
-    In a container they come to its first process. Never waits.
-
-    Returns:
-        Processes that have not ended yet.
+    In a container they come to its first process. Never waits; returns those that have not ended.
     """
     left = set()
     pids = {one.pid for one in processes}

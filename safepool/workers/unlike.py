@@ -51,11 +51,7 @@ def summary(value: Any) -> bytes | None:
 
 
 def unlike(told: Mapping[str, Mapping[str, bytes]]) -> list[str]:
-    """Return which globals have another value here.
-
-    Returns:
-        Name of the first such global, as in ``"LEVEL of config"``.
-    """
+    """Return which globals have another value here, as in ``"LEVEL of config"``."""
     found = []
     for name, values in told.items():
         try:

@@ -41,8 +41,7 @@ class Server:
     Attributes:
         takes_rights: Whether the server has the program's former rights, and must take over the
             present ones.
-        users: Number of pools that use the server at the moment; under the lock of the servers'
-            table.
+        users: Number of pools that use the server now; under the lock of the servers' table.
     """
 
     def __init__(
@@ -83,11 +82,7 @@ class Server:
     def fork_worker(
         self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
     ) -> forked.ForkedProcess:
-        """Preload new modules and fork a worker; start the server first, or again.
-
-        Raises:
-            CannotRunError: The script cannot be run.
-        """
+        """Preload new modules and fork a worker; start the server first, or again."""
         with self._alone(wish.given_up):
             process = None
             if not self._afresh:
@@ -105,8 +100,7 @@ class Server:
     def run_script(self, wish: asking.Wish) -> Mapping[str, bytes]:
         """Run the script of the plan, unless this server has run it, and return its names.
 
-        Raises:
-            CannotRunError: The script cannot be run here. The server has ended.
+        After a `CannotRunError` the server has ended.
         """
         with self._alone(wish.given_up):
             if self.running is None or self.running.marks is None:

@@ -61,9 +61,7 @@ _needs = itertools.count(1)
 class Needs(list[Delivery]):
     """Deliveries that a call needs, in the order in which they are sent.
 
-    Attributes:
-        number: Number of this object. A worker that once had all these deliveries needs no further
-            check.
+    A worker that once had all deliveries of this number needs no further check.
     """
 
     def __init__(self, deliveries: Iterable[Delivery]) -> None:
@@ -74,12 +72,8 @@ class Needs(list[Delivery]):
 class Versions(dict[str, int]):
     """Version numbers of the names that a worker knows.
 
-    ``first`` has the versions of the values that the worker got at its start.
-
-    Args:
-        known: Versions of names that are known at the start.
-        first: Function that returns the versions of other names.
-        names: The other names; ``None`` is all names that ``first`` returns.
+    ``first`` returns the versions of the values that the worker got at its start, for all names or
+    only for these.
     """
 
     def __init__(

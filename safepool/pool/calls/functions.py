@@ -51,11 +51,7 @@ class SentFunction:
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Kept:
-    """A function of ``__main__`` that is kept.
-
-    Attributes:
-        changes: Number of times that it was pickled.
-    """
+    """A function of ``__main__`` that is kept, and the number of times that it was pickled."""
 
     look: Look | None
     sent: SentFunction

@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 
 class GatheredRun(MapRun):
-    """Run that ends a future.
+    """Run that ends a future with the list of results, or with the first exception that arrived.
 
-    Attributes:
-        future: Ends when all calls have ended, with the list of results, or with the first
-            exception that arrived.
-        left: Number of calls that have not ended.
+    ``left`` is the number of calls that have not ended.
     """
 
     def __init__(

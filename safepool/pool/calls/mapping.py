@@ -72,9 +72,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool | None:
 class Coming:
     """Stands for items that are pushed into the results as they come (:meth:`Results.push`).
 
-    Args:
-        starred: ``True`` if an item is the tuple of a call's arguments, ``False`` if it is the
-            only argument.
+    Each is the tuple of a call's arguments if ``starred``, otherwise the only argument.
     """
 
     def __init__(self, *, starred: bool) -> None:
@@ -343,12 +341,8 @@ class MapRun:
     def take(self, index: int, deadline: float | None) -> list[Any]:
         """Return the next results, and keep them no longer; wait until ``deadline``.
 
-        Returns:
-            At least one, in order; none at the end.
-
-        Raises:
-            TimeoutError: None has arrived in time. ``taken`` is unchanged.
-            BaseException: The exception of the call. The call counts as taken.
+        At least one, in order; none at the end. If the call raised, the call counts as taken and
+        its exception is raised. After a ``TimeoutError``, ``taken`` is unchanged.
         """
         while (results := self._pop(index)) is None:
             if not self.wait(index, deadline):

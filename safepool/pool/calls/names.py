@@ -58,8 +58,7 @@ _TURN_S = 10.0
 class Names:
     """The names of one pool. From any thread.
 
-    Args:
-        main: Names that workers have because they run the script; ``None`` if none do.
+    ``main`` are the names that workers have because they run the script; ``None`` if none do.
     """
 
     def __init__(self, main: MainNames | None = None) -> None:

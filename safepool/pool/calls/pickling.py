@@ -67,11 +67,7 @@ _INHERITED = "shared between processes through inheritance"
 
 
 class Pickling:
-    """Pickles the calls of one pool.
-
-    Args:
-        main: Names of the script that its workers have.
-    """
+    """Pickles the calls of one pool, whose workers may have names of the script."""
 
     def __init__(self, main: MainNames | None) -> None:
         self.functions: Functions = Functions()

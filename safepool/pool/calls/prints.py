@@ -40,11 +40,9 @@ _STEP_BYTES = 1 << 20
 
 
 class Print:
-    """Print of a pickle, to be compared with a later one.
+    """Print of a pickle, to be compared with a later one. The program may change its segments.
 
-    Args:
-        segments: The pickle and its buffers, which the program may change.
-        stored: The same buffers as they are kept for workers; ``None`` if they are kept here.
+    The same buffers may be stored for workers; without ``stored`` copies are kept here.
     """
 
     __slots__ = ("_buffers", "_digest", "_stored")

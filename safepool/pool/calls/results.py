@@ -76,11 +76,7 @@ class Feed(Protocol):
         """Look again at runs that were held."""
 
     def check_may_wait(self) -> None:
-        """Refuse that the scheduler's own thread waits for a result.
-
-        Raises:
-            RuntimeError: The caller is the thread that would have to end the call.
-        """
+        """Refuse that the scheduler's own thread waits: it would have to end the call."""
 
 
 class Results:
@@ -236,10 +232,7 @@ class Results:
     def advance(self) -> list[Any] | Raised:
         """Return the next results in reverse order, none at the end, or raise an exception.
 
-        Raises:
-            TimeoutError: None is there in time.
-            BaseException: The exception of the iterator of the items, or the pool's reason not to
-                take them, after the last result.
+        After the last result: that of the items' iterator, or the pool's reason not to take them.
         """
         self.seen = True
         here = object()
@@ -515,11 +508,8 @@ class OpenMaps:
     ) -> None:
         """Register an open map: its calls run even if the program takes no result.
 
-        Args:
-            iterator: Iterator over the results.
-            results: Source of the results.
-            do: Function that calls a function; in another thread if this is the pool's own thread,
-                where the garbage collector may drop an iterator.
+        ``do`` calls a function; in another thread if this is the pool's own thread, where the
+        garbage collector may drop an iterator.
         """
         self._results[weakref.ref(iterator, partial(self._finish_unseen, do))] = results
 

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 class Added(NamedTuple):
-    """Objects that the script has put into modules.
-
-    Attributes:
-        what: The additions. A worker makes each once, by its number.
-    """
+    """Objects that the script has put into modules. A worker makes each once, by its number."""
 
     what: tuple[Addition, ...]
     numbers: dict[tuple[Any, ...], int]
@@ -32,11 +28,7 @@ class Added(NamedTuple):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Closure:
-    """All that some names lead to.
-
-    Attributes:
-        seen_in: The number of the table in which all this was last.
-    """
+    """All that some names lead to, and the number of the table in which all this was last."""
 
     known: list[Known]
     absent: frozenset[str]

@@ -425,12 +425,9 @@ _callers = threading.local()
 
 
 def callbacks_by(call: Callable[[Callable[[], None]], None], owner: object) -> None:
-    """Have ``call`` run the callbacks of futures that this thread ends.
+    """Have ``call`` run the callbacks of futures that this thread ends: elsewhere, in order.
 
-    Args:
-        call: Function that runs jobs, in order, in another thread.
-        owner: Owner of the futures that this thread ends: the thread must not wait for such a
-            future.
+    The thread must not wait for a future of this owner: it would have to end it itself.
     """
     _callers.call, _callers.owner = call, owner
 
@@ -470,9 +467,7 @@ def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> 
 class Task(Call):
     """A call with a future.
 
-    Attributes:
-        call: Function, positional and keyword arguments; ``None`` once they were sent, so
-            that the pool keeps nothing alive.
+    ``call`` is ``None`` once it was sent, so that the pool keeps nothing alive.
     """
 
     __slots__ = ("call", "future")

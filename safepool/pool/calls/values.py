@@ -168,11 +168,8 @@ def pickle_additions(
 ) -> tuple[bytes, frozenset[str], Sequence[Shared[Any]]]:
     """Pickle each of the script's changes to modules separately; leave out changes that fail.
 
-    Args:
-        additions: By a number, so that a worker makes each change once.
-
-    Returns:
-        The pickle, the names that the changes refer to, and their shared objects.
+    The numbers let a worker make each change once. Returns the pickle, the names that the changes
+    refer to, and their shared objects.
     """
     named = data_by_id()
     pickles: dict[int, list[bytes]] = {}

@@ -59,10 +59,8 @@ _TOLD_AT = 3
 class Walk:
     """A walk over names of the script, and over all objects that they refer to.
 
-    Args:
-        table: A draft, which gets the new entries.
-        quiet: Whether to leave out objects that cannot be pickled, and not to follow names in
-            functions.
+    The table is a draft, which gets the new entries. ``quiet`` leaves out objects that cannot be
+    pickled, and does not follow names in functions.
     """
 
     def __init__(self, table: Table, *, quiet: bool = False) -> None:

@@ -13,14 +13,7 @@ if TYPE_CHECKING:
 
 
 class CountedTrace:
-    """A trace with counters of the pool's calls and workers, in addition to its rows.
-
-    Args:
-        path: Path of the file. An existing one is replaced.
-
-    Raises:
-        TraceFileError: The file cannot be written.
-    """
+    """A trace with counters of the pool's calls and workers, in addition to its rows."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._events = Events(path)
@@ -34,9 +27,8 @@ class CountedTrace:
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
         """Begin to write.
 
-        Args:
-            look: Returns how many calls wait, how many workers run something, and how many
-                there are. Called in another thread.
+        ``look`` returns how many calls wait, how many workers run something, and how many there
+        are. It is called in another thread.
         """
         self._look = look
         self._events.start(self._tick)

@@ -105,17 +105,11 @@ class Calls:
 
 
 class Events:
-    """Writes the events of one pool.
-
-    Args:
-        path: Path of the file. An existing file is replaced.
+    """Writes the events of one pool into a file, which replaces an existing one.
 
     Attributes:
         short_ns: Calls that end within this time of an event's begin are joined with it; grows
             with the file.
-
-    Raises:
-        TraceFileError: The file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

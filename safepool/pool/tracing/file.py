@@ -48,10 +48,7 @@ _ENDING_S = 10.0
 
 
 class TraceFile:
-    """Lines for one file, added by any thread.
-
-    Args:
-        path: Path of the file, created or emptied.
+    """Lines for one file, added by any thread. It is created or emptied.
 
     Attributes:
         written_bytes: Number of bytes handed to the file so far.

@@ -43,12 +43,7 @@ class Settled:
 
 
 class Row:
-    """The row of one worker.
-
-    Args:
-        number: From 1.
-        events: Receiver of the events.
-        hired_ns: When its worker was started.
+    """The row of one worker, numbered from 1.
 
     Attributes:
         given_up: Calls that its worker ran when the pool broke.
@@ -86,11 +81,9 @@ class Row:
     def end(self, since_ns: int, now_ns: int, lost: Iterable[tuple[Given, int, str, int]]) -> None:
         """The worker has ended.
 
-        Args:
-            since_ns: Begin of its last call.
-            now_ns: Time at which the pool noticed the end.
-            lost: Calls that it took along, each with the work it is a part of, the place in it,
-                the outcome, and which attempt it was.
+        Each lost call is given with the work it is a part of, the place in it, the outcome, and
+        which attempt it was. The two times are the begin of the last call, and when the pool
+        noticed the end.
         """
         begin = max(self._end_ns, min(now_ns, since_ns))
         lost = [*lost]
