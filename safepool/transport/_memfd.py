@@ -295,14 +295,7 @@ def _libc() -> Any:
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    ]
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
@@ -318,7 +311,7 @@ class Side:
         self._flags = socket.MSG_NOSIGNAL | (0 if waits else socket.MSG_DONTWAIT)
         self._sent = self._received = 0
         self._open = True
-        _spare.begin_use()
+        _spare.count(1)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once closed."""
@@ -398,7 +391,7 @@ class Side:
         if not self._open:
             return
         self._open = False
-        _spare.end_use()
+        _spare.count(-1)
         try:
             self._sock.close()
         except OSError:
@@ -446,15 +439,10 @@ class _Spare:
         self._keep()
         self._lock.release()
 
-    def begin_use(self) -> None:
-        """Keep one from now on, if one is left."""
+    def count(self, users: int) -> None:
+        """Count users that have come or gone: with the last goes the descriptor."""
         with self:
-            self._users += 1
-
-    def end_use(self) -> None:
-        """Keep none any more if this was the last user."""
-        with self:
-            self._users -= 1
+            self._users += users
 
     def give_back(self) -> None:
         """Close the descriptor in reserve, inside the ``with`` block."""

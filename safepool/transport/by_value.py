@@ -39,7 +39,7 @@ from safepool.transport.held import (
     is_importable,
     modules_by_value,
 )
-from safepool.transport.lazy import arrived_lazily, reducers
+from safepool.transport.lazy import LAZY_TYPES, arrived_lazily, reduce_lazy
 from safepool.transport.marks import LRU_CACHE, MAIN_NAMES, is_of_main, is_of_python, main_space
 from safepool.transport.names import met, names_of, of_script, reduce_by_program
 
@@ -177,9 +177,19 @@ def reducer_table(
     own: dict[type, Callable[[Any], Any]] = {
         types.CodeType: _reduce_code,
         LRU_CACHE: _reduce_lru_cache,
-        functools.singledispatchmethod: _reduce_dispatch_method,
-        functools.cached_property: _reduce_cached_property,
-        **reducers(),
+        # From Python 3.13 on it has a cache beside it that cannot be pickled.
+        functools.singledispatchmethod: lambda method: (
+            type(method),
+            (method.func,),
+            {"dispatcher": method.dispatcher},
+        ),
+        # cloudpickle sets a class's attributes one by one, which tells them no names.
+        functools.cached_property: lambda prop: (
+            functools.cached_property,
+            (prop.func,),
+            {"attrname": prop.attrname},
+        ),
+        **dict.fromkeys(LAZY_TYPES, reduce_lazy),
         **kinds.table(),
         **special,
     }
@@ -408,29 +418,6 @@ def _fill_dispatch(function: Any, state: tuple[dict[type, Any], dict[str, Any] |
     for kind, implementation in registry.items():
         function.register(kind, implementation)
     vars(function).update(attributes or {})
-
-
-def _reduce_dispatch_method(method: functools.singledispatchmethod[Any]) -> Any:
-    # From Python 3.13 on it has a cache beside it that cannot be pickled.
-    state = method.dispatcher
-    return type(method), (method.func,), state, None, None, _fill_dispatch_method
-
-
-def _fill_dispatch_method(method: Any, dispatcher: Any) -> None:
-    method.dispatcher = dispatcher
-
-
-def _reduce_cached_property(prop: functools.cached_property[Any]) -> Any:
-    return _cached_property, (prop.func, prop.attrname)
-
-
-def _cached_property(
-    function: Callable[[Any], Any], name: str | None
-) -> functools.cached_property[Any]:
-    prop = functools.cached_property(function)
-    # cloudpickle sets a class's attributes one by one, which tells them no names.
-    prop.attrname = name
-    return prop
 
 
 def _attributes(wrapper: Any) -> dict[str, Any] | None:

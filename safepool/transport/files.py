@@ -20,11 +20,14 @@ If the system refuses a file, buffers use the stream: ``store`` returns them unc
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
-if sys.platform == "linux":
-    from safepool.transport._memfd import Side, Stored, accept, invite, store
-else:  # not Linux
-    from safepool.transport._no_files import Side, Stored, accept, invite, store
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from safepool.transport.descriptors import Handed
+    from safepool.transport.frames import Segment
 
 __all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
 
@@ -32,3 +35,51 @@ __all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
 # hands out a file's memory in small pages, at 2 microseconds each; a large one has 2 MiB.
 # Source: benchmarks/arrays.py, threshold.
 FILE_BYTES = 2 << 20
+
+if sys.platform == "linux":
+    from safepool.transport._memfd import Side, Stored, accept, invite, store
+else:  # not Linux
+    from safepool.transport.frames import Filed
+
+    class Stored(Filed):
+        """Never made here."""
+
+        def segments(self) -> list[memoryview]:
+            """Return the buffers."""
+            return []
+
+        def close(self) -> None:
+            """Close the file: nothing to do."""
+
+    class Side:
+        """Never made here."""
+
+        def fileno(self) -> int:
+            """Return the socket's descriptor."""
+            return -1
+
+        def send(self, stored: Stored | Handed) -> bool:  # noqa: ARG002 -- as on Linux
+            """Send a file's descriptor; return whether it went."""
+            return False
+
+        def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
+            """Return the buffers of a file that was sent."""
+            raise NotImplementedError(lengths, mapped)
+
+        def close(self) -> None:
+            """Close the socket."""
+
+    def invite(_sock: socket.socket) -> Side | None:
+        """Return this end of the side of a channel, ``None``: there is none."""
+        return None
+
+    def accept(_sock: socket.socket) -> Side | None:
+        """Return the other end, ``None``: there is none."""
+        return None
+
+    def store(
+        segments: Sequence[Segment],
+        given_up: Callable[[], bool] = bool,  # noqa: ARG001 -- as on Linux
+    ) -> list[Segment]:
+        """Return the segments as they are."""
+        return list(segments)

@@ -211,22 +211,6 @@ class FrameReader:
             segments.
     """
 
-    __slots__ = (
-        "_end",
-        "_fetch",
-        "_files",
-        "_filled",
-        "_head",
-        "_hold",
-        "_lengths",
-        "_missing",
-        "_parts",
-        "_scratch",
-        "_start",
-        "_table",
-        "_view",
-    )
-
     def __init__(
         self,
         fetch: Callable[[Kind, tuple[int, ...]], list[Received]] = _fetch_nothing,

@@ -102,8 +102,8 @@ def _reduce_c(obj: Any, kind: Any) -> Any:
             if issubclass(type(one), obj._FuncPtr) and (about := _about_function(one))
         }
         with_errno = bool(obj._FuncPtr._flags_ & ctypes._FUNCFLAG_USE_ERRNO)
-        made_of = kind, obj._name, with_errno
-        return _load_library, made_of, functions, None, None, _fill_library
+        made_of = kind, (obj._name,), {"use_errno": with_errno}
+        return _make, made_of, functions, None, None, _fill_library
     if issubclass(kind, ctypes._CFuncPtr):
         library: Any = (obj._objects or {}).get("0")
         if type(library) in (ctypes.CDLL, ctypes.PyDLL) and kind is library._FuncPtr:
@@ -119,10 +119,6 @@ def _about_function(function: Any) -> dict[str, Any]:
         "errcheck": function.errcheck,
     }
     return {name: value for name, value in about.items() if value is not None}
-
-
-def _load_library(kind: Any, name: str | None, with_errno: bool) -> Any:
-    return kind(name, use_errno=with_errno)
 
 
 def _fill_library(library: Any, functions: dict[str, tuple[str, dict[str, Any]]]) -> None:
@@ -149,29 +145,25 @@ def table() -> dict[type, Callable[[Any], Any]]:
         typing.ParamSpec: _reduce_variable,
         typing.TypeVarTuple: _reduce_variable,
         typing.ParamSpecArgs: lambda args: (typing.ParamSpecArgs, (args.__origin__,)),
-        functools.partialmethod: _reduce_partial_method,
+        functools.partialmethod: lambda method: (
+            _make,
+            (functools.partialmethod, (method.func, *method.args), method.keywords),
+            vars(method),
+        ),
         typing.ParamSpecKwargs: lambda args: (typing.ParamSpecKwargs, (args.__origin__,)),
     }
     if sys.version_info >= (3, 15):
         reducers[type(dataclasses.MISSING)] = _reduce_sentinel  # builtins.sentinel
     else:
         # cloudpickle gives fields of a class that it loads other instances: they mean the same.
-        reducers[type(dataclasses.MISSING)] = lambda _: (_missing, ())
-        reducers[type(dataclasses.KW_ONLY)] = lambda _: (_keywords_only, ())
+        reducers[type(dataclasses.MISSING)] = lambda _: (getattr, (dataclasses, "MISSING"))
+        reducers[type(dataclasses.KW_ONLY)] = lambda _: (getattr, (dataclasses, "KW_ONLY"))
     if sys.version_info >= (3, 14):
         reducers[typing.ForwardRef] = _reduce_forward
         reducers[itertools.count] = _reduce_count
     if sys.version_info >= (3, 12):
         reducers[typing.TypeAliasType] = _reduce_alias
     return reducers
-
-
-def _missing() -> object:
-    return dataclasses.MISSING
-
-
-def _keywords_only() -> object:
-    return dataclasses.KW_ONLY
 
 
 def _reduce_count(counter: itertools.count[Any]) -> Any:
@@ -187,33 +179,16 @@ def _reduce_count(counter: itertools.count[Any]) -> Any:
 
 def _reduce_sentinel(one: Any) -> Any:
     made_of = type(one), (one.__name__,), {"repr": repr(one)}
-    return _by_name(one, one.__name__, _make_variable, made_of)
-
-
-def _reduce_partial_method(method: functools.partialmethod[Any]) -> Any:
-    about = method.func, method.args, method.keywords
-    return _partial_method, about, vars(method)
-
-
-def _partial_method(
-    function: Any, arguments: tuple[Any, ...], words: dict[str, Any]
-) -> functools.partialmethod[Any]:
-    return functools.partialmethod(function, *arguments, **words)
+    return _by_name(one, one.__name__, _make, made_of)
 
 
 def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Any:
     try:
         # A value that was set belongs to the context.
-        default: tuple[Any, ...] = (contextvars.Context().run(variable.get),)
+        words = {"default": contextvars.Context().run(variable.get)}
     except LookupError:
-        default = ()
-    return _numbered(variable, _make_context_variable, (variable.name, default))
-
-
-def _make_context_variable(name: str, default: tuple[Any, ...]) -> contextvars.ContextVar[Any]:
-    if default:
-        return contextvars.ContextVar(name, default=default[0])
-    return contextvars.ContextVar(name)
+        words = {}
+    return _numbered(variable, _make, (contextvars.ContextVar, (variable.name,), words))
 
 
 def _reduce_new_type(new: Any) -> Any:
@@ -226,7 +201,7 @@ _WORDS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "
 def _reduce_variable(variable: Any) -> Any:
     about = _about_variable(variable)
     if "infer_variance" not in about[2]:
-        return _by_name(variable, variable.__name__, _make_variable, about)
+        return _by_name(variable, variable.__name__, _make, about)
     # For "class Node[T: Node]": the bound may be the variable's own class.
     key = uuid.uuid4().hex
     made_of = key, _declared(*about, f"{key!r}, 0")
@@ -248,7 +223,7 @@ def _about_variable(variable: Any) -> tuple[type, tuple[Any, ...], dict[str, Any
     return kind, (variable.__name__, *constraints), words
 
 
-def _make_variable(kind: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> Any:
+def _make(kind: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> Any:
     return kind(*arguments, **words)
 
 
@@ -267,7 +242,7 @@ def _reduce_forward(forward: Any) -> Any:
         "is_argument": forward.__forward_is_argument__,
         "is_class": forward.__forward_is_class__,
     }
-    return _make_variable, (typing.ForwardRef, (forward.__forward_arg__,), words)
+    return _make, (typing.ForwardRef, (forward.__forward_arg__,), words)
 
 
 def _reduce_alias(alias: Any) -> Any:

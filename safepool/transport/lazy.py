@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _LazyImport: Any = getattr(types, "LazyImportType", None)
 LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})
@@ -46,12 +46,8 @@ def lazy_names() -> list[str]:
     return sorted(getattr(sys, "lazy_modules", ()))
 
 
-def reducers() -> dict[type, Callable[[Any], Any]]:
-    """Return how a lazy import is pickled, for a dispatch table."""
-    return dict.fromkeys(LAZY_TYPES, _reduce)
-
-
-def _reduce(lazy: object) -> tuple[Any, ...]:
+def reduce_lazy(lazy: object) -> tuple[Any, ...]:
+    """Return how to import the same lazily again."""
     # Without loading it, only its text is known.
     name = repr(lazy)[len(_REPR[0]) : -len(_REPR[1])]
     base, _, last = name.rpartition(".")

@@ -108,20 +108,6 @@ class Left(NamedTuple):
 class Board:
     """The mapped board of one worker. It owns the descriptor, which :meth:`create` made."""
 
-    __slots__ = (
-        "_cells",
-        "_descriptor",
-        "_filled",
-        "_floats",
-        "_lane",
-        "_map",
-        "_name",
-        "_numbers",
-        "_results",
-        "_slots",
-        "_used",
-    )
-
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _BYTES)
@@ -353,8 +339,6 @@ class Board:
 
 class _NoBoard(Board):
     """Stands for the board where there is none. It is false, and has nothing to say."""
-
-    __slots__ = ()
 
     claimed = began = since_ns = property(lambda _: 0)
 

@@ -210,8 +210,7 @@ class _Server:
     def _run_script(self, details: dict[str, Any], descriptors: list[int]) -> None:
         threads = _foreign_threads() if details["forks"] else []
         if threads:  # of whatever starts some in every interpreter: not the script's
-            close_all(descriptors)
-            letters.send(self._sock, ("threads", threads))
+            self._refuse(descriptors, "threads", threads)
             return
         gc.disable()
         report = birth.run_script(details, self._line, *descriptors)
@@ -259,14 +258,10 @@ class _Server:
 
     def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:
         if len(descriptors) < details["files"]:  # not all descriptors fitted
-            close_all(descriptors)
-            letters.send(self._sock, ("refused", errno.EMFILE))
+            self._refuse(descriptors, "refused", errno.EMFILE)
             return
-        status = descriptors[0]
-        threads = _foreign_threads()
-        if threads:
-            close_all(descriptors)
-            letters.send(self._sock, ("threads", threads))
+        if threads := _foreign_threads():
+            self._refuse(descriptors, "threads", threads)
             return
         told: WorkerStart = details["told"]
         decide_ahead(told.threads, told.variables)
@@ -274,23 +269,26 @@ class _Server:
             with _beside_threads():
                 pid = os.fork()
         except Exception as error:  # noqa: BLE001 -- somebody else's functions run around a fork
-            close_all(descriptors)
             if isinstance(error, OSError):
-                letters.send(self._sock, ("refused", error.errno))
+                self._refuse(descriptors, "refused", error.errno)
             else:
-                letters.send(self._sock, ("unforkable", repr(error)))
+                self._refuse(descriptors, "unforkable", repr(error))
             return
         if pid == 0:
             self._become_worker(details, descriptors)
         # Before it may be waited for: so long the number is this worker's.
         pidfd = linux.find_pidfd(pid)
         given = [] if pidfd is None else [pidfd]
-        self._workers[pid] = status
+        self._workers[pid] = descriptors[0]
         close_all(descriptors[1:])
         try:
             letters.send(self._sock, ("forked", pid), given)
         finally:
             close_all(given)
+
+    def _refuse(self, descriptors: list[int], *why: object) -> None:
+        close_all(descriptors)
+        letters.send(self._sock, why)
 
     def _become(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
         """Become the worker without a fork, which would lose threads, or is refused."""

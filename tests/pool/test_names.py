@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support_processes import run_python, run_script
 
-from safepool.pool.calls.circles import components
+from safepool.pool.calls.walk import components
 
 # One row per thing that programs rely on: what the script defines, what is asked of it (``ask``
 # calls in the worker, a semicolon between statements), and the answers.

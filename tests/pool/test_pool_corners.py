@@ -19,7 +19,7 @@ import support_core
 
 from safepool import ProcessPool
 from safepool.pool import executor
-from safepool.pool.calls import closures, functions, imports, mains, mapping, values
+from safepool.pool.calls import closures, functions, mains, mapping, table, values
 from safepool.pool.shell import exits, hiring, records, refusals, settings, staff
 from safepool.pool.shell.listener import Listener
 from safepool.transport import channel
@@ -48,9 +48,9 @@ def test_how_many_arguments_a_function_takes_may_be_unknown() -> None:
 def test_imports_of_a_notebook_are_found_beside_its_own_commands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(imports, "sources_of", lambda _: ["%matplotlib inline", "import os"])
-    assert imports.Imports().modules == ["os"]
-    here: Any = object.__new__(imports.Imports)
+    monkeypatch.setattr(table, "sources_of", lambda _: ["%matplotlib inline", "import os"])
+    assert table.Imports().modules == ["os"]
+    here: Any = object.__new__(table.Imports)
     here.modules = []
     for text in ("from no_such import x", "from os import path"):
         here._take(ast.parse(text).body[0])
@@ -328,9 +328,9 @@ if sys.platform == "linux":
     def test_without_a_descriptor_there_is_no_spare_one(monkeypatch: pytest.MonkeyPatch) -> None:
         spare = _memfd._Spare()
         monkeypatch.setattr(os, "open", refuse)
-        spare.begin_use()
+        spare.count(1)
         assert spare._descriptor == -1
-        spare.end_use()
+        spare.count(-1)
 
     def test_streams_and_options_of_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not launch.is_stream(1 << 20)

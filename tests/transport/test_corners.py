@@ -172,7 +172,7 @@ def test_the_default_of_a_type_variable_arrives() -> None:
     made: Any = {}
     exec("from typing import TypeVar\nT = TypeVar('T', default=int)\ndef f[U = str](): ...", made)
     kind, arguments, words = kinds._about_variable(made["T"])
-    assert kinds._make_variable(kind, arguments, words).__default__ is int
+    assert kinds._make(kind, arguments, words).__default__ is int
     about = kinds._about_variable(made["f"].__type_params__[0])
     assert kinds._declared(*about, "'key', 0") == "U = _part_of('key', 0)[1]['default']"
     assert round_trip(made["f"], by_value=True).__type_params__[0].__name__ == "U"

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.calls.circles import components
 from safepool.pool.calls.deliveries import Delivery, Needs, versions
-from safepool.pool.calls.imports import Imports
-from safepool.pool.calls.table import Added, Closure
+from safepool.pool.calls.table import Added, Closure, Imports
 from safepool.pool.calls.values import definitions, pickle_additions
-from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk
+from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk, components
 from safepool.pool.hands import within
 from safepool.transport.additions import additions_to, homes
 from safepool.transport.marks import main_space

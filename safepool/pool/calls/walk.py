@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from safepool.errors import let_handlers_pass, text_of
 from safepool.machine import tell_once
-from safepool.pool.calls.circles import components
 from safepool.pool.calls.deliveries import Delivery, versions
 from safepool.pool.calls.known import Known
 from safepool.pool.calls.mains import (
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from safepool.pool.calls.table import Table
+
+_N = TypeVar("_N")
 
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
@@ -344,6 +345,47 @@ def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
         groups[root(name)].append(name)
     circles = components(edges)
     return [tuple(sorted(name for top in circle for name in groups[top])) for circle in circles]
+
+
+def components(edges: Mapping[_N, Sequence[_N]]) -> list[list[_N]]:
+    """Return the nodes in cycles, each cycle after the cycles that it leads to.
+
+    Source:
+        R. Tarjan, Depth-first search and linear graph algorithms, 1972.
+
+    Example:
+        >>> components({"a": ["b"], "b": ["c"], "c": ["b"], "d": []})
+        [['b', 'c'], ['a'], ['d']]
+    """
+    found: list[list[_N]] = []
+    number: dict[_N, int] = {}
+    lowest: dict[_N, int] = {}
+    path: list[_N] = []
+    done: set[_N] = set()
+    for start in edges:
+        todo = [] if start in number else [(start, iter(edges[start]))]
+        while todo:
+            node, others = todo[-1]
+            if node not in number:
+                number[node] = lowest[node] = len(number)
+                path.append(node)
+            for other in others:
+                if other not in number:
+                    todo.append((other, iter(edges[other])))
+                    break
+                if other not in done:
+                    lowest[node] = min(lowest[node], number[other])
+            else:
+                todo.pop()
+                if todo:
+                    above = todo[-1][0]
+                    lowest[above] = min(lowest[above], lowest[node])
+                if lowest[node] == number[node]:
+                    place = path.index(node)
+                    found.append(path[place:])
+                    done.update(path[place:])
+                    del path[place:]
+    return found
 
 
 # Number of changes of each large global.
