@@ -135,18 +135,6 @@ class Channel:
         if self._unsent:
             self.flush()
 
-    def send_whole(self, frame: bytes) -> None:
-        """Send a frame that is in one piece, from the end that waits."""
-        if self._unsent:
-            self.send([frame])
-            return
-        try:
-            sent = self._sock.send(frame, NO_SIGPIPE)
-        except OSError as error:
-            raise ChannelClosedError from error
-        if sent < len(frame):
-            self.send([frame[sent:]])
-
     def offer(self, frame: bytes) -> bool:
         """Send a frame without waiting, on any socket; return whether it was taken.
 

@@ -189,11 +189,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         return [*dict.fromkeys([*self._imported, *modules_learned()])]
 
     def start(
-        self,
-        told: WorkerStart,
-        end: socket.socket,
-        board: Board,
-        given_up: Callable[[], bool],
+        self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
         """Fork a worker from the server.
 
@@ -209,11 +205,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             return self._start(told, end, board, given_up)
 
     def _start(
-        self,
-        told: WorkerStart,
-        end: socket.socket,
-        board: Board,
-        given_up: Callable[[], bool],
+        self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
         changes = told.environment
         wish = self._wish(told.threads, given_up)

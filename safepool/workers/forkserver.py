@@ -1,10 +1,5 @@
 """The fork servers of this process: started by exec, asked for workers, started again.
 
-    forkserver   the table: a server for each setting
-    upkeep       one server, started again when it is lost
-    asking       one running server: requests and answers
-    launch       start of an interpreter that becomes a server; state and descriptors for a worker
-
     program  --- unnamed socket pair --->  server  --- fork --->  worker, worker, ...
              --- life-line (a pipe) ---->          ----------->
 

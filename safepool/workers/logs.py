@@ -94,7 +94,7 @@ class Outbox:
             self.send([frame])
             return
         try:
-            self._channel.send_whole(frame)
+            self._channel.send([frame])
         finally:
             self._lock.release()
         if self._waiting:

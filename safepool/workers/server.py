@@ -200,10 +200,6 @@ class _Server:
                     before = traces.Traces.look()
         self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
         _get_forks_ready()
-        # These objects stay for ever. A collection in a worker would write to every page of them,
-        # and so copy it.
-        gc.freeze()
-        gc.enable()
         report = {"failed": failed, "culprits": culprits, "read": read}
         letters.send(self._sock, ("preloaded", report))
 
@@ -219,8 +215,6 @@ class _Server:
         if threads and not report["problem"]:
             report["problem"] = f"it starts threads that do not end ({', '.join(threads)})"
         _get_forks_ready()
-        gc.freeze()
-        gc.enable()
         self._forks = details["forks"]
         letters.send(self._sock, ("ran", report))
 
@@ -380,9 +374,15 @@ class _Server:
 
 
 def _get_forks_ready() -> None:
-    """Do here, once, what each worker would do at its start."""
+    """Do here, once, what each worker would do at its start.
+
+    These objects stay for ever. A collection in a worker would write to every page of them, and so
+    copy it.
+    """
     find_ahead()
     attempt(compile_ahead)
+    gc.freeze()
+    gc.enable()
 
 
 def _beside_threads() -> AbstractContextManager[object]:

@@ -478,11 +478,7 @@ SETTINGS: tuple[Setting, ...] = (
     _by_functions("numpy", "geterr", "seterr", of_thread=True, glance=_glance_at_errors),
     _by_functions("numpy", "geterrcall", "seterrcall", of_thread=True, glance=_glance_at_errors),
     _by_functions(
-        "numpy",
-        "get_printoptions",
-        "set_printoptions",
-        of_thread=True,
-        glance=_glance_at_printing,
+        "numpy", "get_printoptions", "set_printoptions", of_thread=True, glance=_glance_at_printing
     ),
     _by_functions("sklearn", "get_config", "set_config", of_thread=True),
     Setting(

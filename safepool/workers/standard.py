@@ -108,11 +108,7 @@ class Standard(StartMethod):
         self.context: Any = context
 
     def start(
-        self,
-        told: WorkerStart,
-        end: socket.socket,
-        board: Board,
-        given_up: Callable[[], bool],
+        self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]
     ) -> StandardProcess:
         """Start a worker, without regard to ``given_up``."""
         del given_up

@@ -104,11 +104,7 @@ class StartMethod:
     runs_script = False
 
     def start(
-        self,
-        told: WorkerStart,
-        end: socket.socket,
-        board: Board,
-        given_up: Callable[[], bool],
+        self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]
     ) -> Started:
         """Start a worker, or raise ``InterruptedError`` if the pool no longer needs it."""
         raise NotImplementedError

@@ -90,7 +90,8 @@ class Server:
                     process = self._in_a_server(lambda one: one.fork(more, files, wish), wish)
                 except asking.CannotForkError as error:
                     self._be_afresh(error)
-                    self._run_script_for_all(wish)
+                    if self._plan is not None:  # for the names that workers have
+                        self._in_a_server(lambda _: None, wish)
             if process is None:
                 process = self._start_afresh(wish.modules if wish.strict else (), more, files)
             self._workers = [worker for worker in self._workers if not worker.closed]
@@ -105,12 +106,10 @@ class Server:
         with self._alone(wish.given_up):
             if self.running is None or self.running.marks is None:
                 try:
-                    if not self._afresh:
-                        self._in_a_server(lambda _: None, wish)
+                    self._in_a_server(lambda _: None, wish)
                 except asking.CannotForkError as error:
                     self._be_afresh(error)
-                if self._afresh:
-                    self._run_script_for_all(wish)
+                    self._in_a_server(lambda _: None, wish)
             assert self.running is not None
             assert self.running.marks is not None
             return self.running.marks
@@ -215,44 +214,23 @@ class Server:
                 "processes that their tasks start may outlive this program. End them in the task"
             )
 
-    def _run_script_for_all(self, wish: asking.Wish) -> None:
-        """Run the script in a server that forks no worker, for the names that workers have."""
-        if self._plan is None:
-            return
-        why = ""
-        for attempt in range(_MOST_STARTS):
-            running = self._start()
-            try:
-                running.run_script(wish.given_up, again=attempt < 2)
-            except (asking.LostError, ConnectionError) as error:
-                why = self._lose(running, error, attempt)
-            except BaseException:
-                self._stop()
-                raise
-            else:
-                return
-        raise asking.CannotRunError(f"{_MOST_STARTS} fork servers in a row failed; the last {why}")
-
     def _in_a_server(self, deed: Callable[[asking.RunningServer], _T], wish: asking.Wish) -> _T:
-        """Use a server that has preloaded new modules and run the script."""
+        """Use a server that has preloaded new modules and run the script.
+
+        One that forks no worker only runs the script, for the names that workers have.
+        """
         why = ""
         for attempt in range(_MOST_STARTS):
             running = self.running or self._start()
+            preloads = attempt < 2 and not self._afresh
             try:
-                if self.takes_rights:
-                    self.takes_rights = False
-                    if not running.take_rights(wish.given_up):
-                        self._stop()
-                        raise launch.no_interpreter(
-                            f"cannot be started by user {os.geteuid()}, and the running fork "
-                            "server cannot take over the user and rights that this program now has"
-                        )
-                if wish.strict and attempt < 2:
+                self._give_rights(running, wish.given_up)
+                if wish.strict and preloads:
                     running.preload(wish)
                 if self._plan is not None and running.marks is None:
                     running.run_script(wish.given_up, again=attempt < 2)
                 # After the script, which imports in its own order, and may set something before.
-                if not wish.strict and attempt < 2:
+                if not wish.strict and preloads:
                     running.preload(wish)
                 return deed(running)
             except (asking.LostError, ConnectionError, TimeoutError) as error:
@@ -263,9 +241,20 @@ class Server:
             except (asking.CannotForkError, asking.CannotRunError, InterruptedError):
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
-        raise asking.CannotForkError(
-            f"{_MOST_STARTS} fork servers in a row failed; the last {why}"
-        )
+        failed = f"{_MOST_STARTS} fork servers in a row failed; the last {why}"
+        if self._afresh:
+            raise asking.CannotRunError(failed)
+        raise asking.CannotForkError(failed)
+
+    def _give_rights(self, running: asking.RunningServer, given_up: Callable[[], bool]) -> None:
+        if self.takes_rights:
+            self.takes_rights = False
+            if not running.take_rights(given_up):
+                self._stop()
+                raise launch.no_interpreter(
+                    f"cannot be started by user {os.geteuid()}, and the running fork server "
+                    "cannot take over the user and rights that this program now has"
+                )
 
     def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
         """End a server that was lost, and say how it ended."""

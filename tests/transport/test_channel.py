@@ -43,9 +43,9 @@ def test_what_the_other_end_does_not_take_now_is_sent_later(
     """First the rest of a frame, and then those behind it."""
     channel, theirs = ends
     channel._sock.setblocking(False)
-    channel.send_whole(LARGE)
+    channel.send([LARGE])
     assert channel.unsent
-    channel.send_whole(b"second")
+    channel.send([b"second"])
     channel.send([b"third"])
 
     found = read_all(channel, theirs, len(LARGE) + len(b"secondthird"))
@@ -87,7 +87,6 @@ def test_a_worker_waits_for_the_end_of_a_large_frame(ends: tuple[Channel, socket
 # One row per use of a channel of which the other end is gone.
 USES: dict[str, Callable[[Channel], object]] = {
     "send": lambda channel: channel.send([b"frame"]),
-    "send_whole": lambda channel: channel.send_whole(b"frame"),
     "offer": lambda channel: channel.offer(b"frame"),
     "receive": lambda channel: [*channel.receive()],
     "receive_raw": lambda channel: channel.receive_raw(),

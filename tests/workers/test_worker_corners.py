@@ -151,11 +151,8 @@ class Sent:
         self.is_closed = False
 
     def send(self, pieces: list[bytes]) -> None:
-        self.sent.append(b"".join(pieces))
-
-    def send_whole(self, frame: bytes) -> None:
         self.while_sending()
-        self.sent.append(frame)
+        self.sent.append(b"".join(pieces))
 
     def offer(self, frame: bytes) -> bool:
         if self.is_closed:
