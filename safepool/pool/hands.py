@@ -29,15 +29,13 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from safepool import procfs
 from safepool.pool.latch import Latch, arrives
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.fork import leave_fork
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _T = TypeVar("_T")
 

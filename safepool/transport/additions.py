@@ -26,13 +26,11 @@ import functools
 import importlib
 import sys
 import types
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.marks import MAIN_NAMES, PLAIN, is_of_python, main_space, own_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 
 class Addition(NamedTuple):

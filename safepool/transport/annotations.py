@@ -11,12 +11,10 @@ from __future__ import annotations
 import gc
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from cloudpickle import cloudpickle as _internals
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Variable by which an annotation in a class's body finds the class's other names.
 _CLASS_SPACE = "__classdict__"

@@ -10,13 +10,11 @@ import functools
 import sys
 import time
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.marks import codes_in
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 # Deeper or wider than this the way says nothing that helps, and each step pickles again.
 _MOST_STEPS = 8

@@ -26,16 +26,14 @@ import sys
 import threading
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
 from safepool.transport.lazy import loaded
 from safepool.transport.marks import find_in_main, is_of_python, main_space
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 

@@ -19,14 +19,12 @@ import copyreg
 import functools
 import pickle
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from safepool.errors import text_of
 from safepool.transport.marks import is_of_python
 from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 _WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__")
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)

@@ -19,7 +19,7 @@ import pickle
 import types
 from _blake2 import blake2b  # as in marks
 from collections import ChainMap
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Final, cast
 
 from safepool.errors import let_handlers_pass
 from safepool.transport import weak
@@ -37,9 +37,6 @@ from safepool.transport.marks import (
 from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
 from safepool.transport.sharing import Shared
 from safepool.transport.states import by_state
-
-if TYPE_CHECKING:
-    from typing import Final
 
 UNKNOWN: Final = b""
 """Of a value that is too large to be looked at, or shared: it may be the same or not."""

@@ -31,15 +31,13 @@ import threading
 import types
 import typing
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from safepool.transport import weak
 from safepool.transport.lazy import loaded
 from safepool.transport.marks import MAIN_NAMES, find_in_main, found_as
 from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Objects without a name that are known to both ends; the oldest are forgotten.
 _MOST_NUMBERED = 1024

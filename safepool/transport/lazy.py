@@ -12,11 +12,9 @@ from __future__ import annotations
 import gc
 import sys
 import types
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any
 
 _LazyImport: Any = getattr(types, "LazyImportType", None)
 LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})

@@ -15,14 +15,12 @@ import socket
 import struct
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from safepool import linux
 from safepool.errors import naming
 from safepool.transport.descriptors import close_all
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 assert sys.platform == "linux"
 

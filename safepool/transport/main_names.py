@@ -8,16 +8,12 @@ defined below the guard, redefined at a prompt, or without a namespace.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from safepool.transport.fingerprints import ABSENT, BY_METHODS, OF_STATE, UNKNOWN, fingerprint
 from safepool.transport.marks import find_in_main, is_mark_of
-from safepool.transport.reductions import begin, end
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from safepool.transport.reductions import Reductions
+from safepool.transport.reductions import Reductions, begin, end
 
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:

@@ -18,14 +18,12 @@ import copyreg
 import mmap
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from safepool.transport.lazy import loaded
 from safepool.transport.names import met
 from safepool.transport.references import reference_to
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):

@@ -20,13 +20,10 @@ import functools
 import struct
 import threading
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
 from safepool.transport.marks import at_path, codes_in, find_attribute, is_of_main, main_space
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-    from typing import Self
 
 _thread = threading.local()
 _UINT = struct.Struct("<I")

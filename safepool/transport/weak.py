@@ -20,13 +20,11 @@ import collections
 import itertools
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from safepool.transport.marks import PLAIN, is_of_python, main_space, own_dict
 from safepool.transport.names import met
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 KINDS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 """Containers of the standard library."""

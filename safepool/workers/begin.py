@@ -12,11 +12,9 @@ Not covered:
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from multiprocessing import spawn
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 # A worker that was forked from a capped server has the caps, and needs them once. The server may
 # have fewer CPUs than the machine: then worker_main() asks the system for the worker's own.

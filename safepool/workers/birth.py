@@ -18,17 +18,15 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Sequence
 from multiprocessing import process, resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool import procfs
 from safepool.transport import marks
 from safepool.workers import lifeline, script
 from safepool.workers.fork import code_of, flush
 from safepool.workers.main import be_worker
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 assert sys.platform == "linux"
 

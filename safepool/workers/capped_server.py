@@ -19,12 +19,10 @@ import multiprocessing.context
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from safepool.workers.begin import BEGIN, facts_for, popen_with
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 assert sys.platform != "win32"
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
 
 # membarrier(2): MEMBARRIER_CMD_GLOBAL_EXPEDITED and its registration, Linux 4.16.
 _EXPEDITED, _REGISTER_EXPEDITED = 1 << 1, 1 << 2

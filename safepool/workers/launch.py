@@ -22,17 +22,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool import linux
 from safepool.errors import naming
 from safepool.workers import birth, forked, keeper
 from safepool.workers.safe_path import is_safe, safe_path
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 assert sys.platform == "linux"
 

@@ -25,14 +25,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING
 
 from safepool.transport.lazy import lazy_names
 from safepool.transport.marks import own_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 NOT_PRELOADED = {
     "safepool": "in the server as far as it is needed there",

@@ -38,8 +38,9 @@ import sys
 import time
 import types
 import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool import procfs
 from safepool.errors import text_of
@@ -47,9 +48,6 @@ from safepool.transport.fingerprints import ABSENT, BY_METHODS, fingerprint
 from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
 from safepool.workers.fork import flush
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
 
 assert sys.platform == "linux"
 

@@ -25,12 +25,10 @@ import functools
 import logging
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from safepool.threads.imports import is_importing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 
 class Setting(NamedTuple):

@@ -19,13 +19,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from safepool import procfs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 assert sys.platform == "linux"
 

@@ -6,14 +6,12 @@ A value of built-in types is compared by content, an object of another class by 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.fingerprints import fingerprint
 from safepool.transport.marks import PLAIN
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 CONTAINERS = frozenset({tuple, list, dict, set, frozenset, bytearray})
 """Types that are looked into."""

@@ -18,7 +18,8 @@ import enum
 import operator
 import sys
 import types
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES, loaded
 from safepool.transport.marks import (
@@ -35,9 +36,6 @@ from safepool.transport.marks import (
 )
 from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 _PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
 # Parts of annotations, which are pickled as names.

@@ -46,14 +46,12 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool.pool.tracing.file import EVERY_S, TraceFile
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 # Number of the format above; new keys do not change it.
 SCHEMA = 1

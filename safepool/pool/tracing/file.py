@@ -23,7 +23,7 @@ import stat
 import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from safepool.errors import TraceFileError
 from safepool.named_file import open_named
@@ -31,9 +31,6 @@ from safepool.workers.contained import ContainedLogger
 
 if sys.platform != "win32":
     import fcntl
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _log = ContainedLogger()
 
