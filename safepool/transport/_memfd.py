@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.transport import room
-from safepool.transport.descriptors import Descriptor, close_all
+from safepool.transport.descriptors import Descriptor, Handed, close_all
 from safepool.transport.frames import CorruptFrameError, Filed, Missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
 assert sys.platform == "linux"

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import REFUSALS
 from safepool.transport.descriptors import Handed
-from safepool.transport.files import FILE_BYTES, Stored, store
+from safepool.transport.files import FILE_BYTES, Side, Stored, store
 from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
 from safepool.transport.room import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from safepool.transport.files import Side
     from safepool.transport.frames import Frame, Segment
 
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX

@@ -29,16 +29,14 @@ from safepool.transport.frames import Missing
 from safepool.transport.growing import Sink, load
 from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Prints, Reducers
-from safepool.transport.names import met
-from safepool.transport.reductions import begin, end, has_failed, reduce_once
+from safepool.transport.names import Met, met
+from safepool.transport.reductions import Reductions, begin, end, has_failed, reduce_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from io import BytesIO
 
     from safepool.transport.frames import Buffer, Segment
-    from safepool.transport.names import Met
-    from safepool.transport.reductions import Reductions
 
 # A smaller buffer is cheaper as a copy in the pickle than as a segment.
 _OUT_OF_BAND_BYTES = 32 * 1024

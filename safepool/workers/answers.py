@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Filed, Kind, encode
-from safepool.workers.board import LANE_CALLS
+from safepool.workers.board import LANE_CALLS, Board
 from safepool.workers.describe import describe
 from safepool.workers.messages import answer_frame, numbers_frame, values_frame
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
-    from safepool.workers.board import Board
     from safepool.workers.fork import Fork
     from safepool.workers.logs import Outbox
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from safepool.workers import asking, forkserver
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.plan import ScriptLostError
+from safepool.workers.plan import MainPlan, ScriptLostError
 from safepool.workers.preload import modules_learned, modules_of_the_program
-from safepool.workers.start import StartMethod
+from safepool.workers.start import StartMethod, WorkerStart
 
 if TYPE_CHECKING:
     import socket
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from safepool.workers import forked, upkeep
     from safepool.workers.board import Board
-    from safepool.workers.plan import MainPlan
-    from safepool.workers.start import WorkerStart
 
 assert sys.platform == "linux"
 

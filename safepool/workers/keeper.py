@@ -32,13 +32,12 @@ import time
 from typing import TYPE_CHECKING
 
 from safepool import linux
-from safepool.workers.tree import descendants, signal_all
+from safepool.workers.tree import Descendant, descendants, signal_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-    from safepool.workers.tree import Descendant
 
 assert sys.platform == "linux"
 

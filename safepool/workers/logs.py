@@ -38,14 +38,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
-from safepool.transport.channel import ChannelClosedError
+from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
 from safepool.transport.marks import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from safepool.transport.channel import Channel
     from safepool.transport.frames import Segment
 
 # Records that wait for a slow pool: a few thousand of the usual ones.

@@ -22,7 +22,7 @@ from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.reductions import Reductions
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
-from safepool.workers.board import LANES, REVOKED
+from safepool.workers.board import LANES, REVOKED, Board
 from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, name_of, say_what
 from safepool.workers.fork import Fork
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from safepool.threads.cap import WorkerCap
     from safepool.transport.channel import Channel
     from safepool.transport.frames import Frame, Received, Segment
-    from safepool.workers.board import Board
     from safepool.workers.inheritance import Initializer
     from safepool.workers.preload import Imports
 

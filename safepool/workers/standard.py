@@ -31,7 +31,7 @@ from safepool.workers.begin import BEGIN, facts_for, popen_with
 from safepool.workers.main import worker_main
 from safepool.workers.safe_path import SAFE_PATH, is_safe, safe_path
 from safepool.workers.settings_table import filters_of
-from safepool.workers.start import StartMethod
+from safepool.workers.start import StartMethod, WorkerStart
 from safepool.workers.tree import try_to_signal
 
 if sys.platform == "linux":
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from safepool.workers.board import Board
-    from safepool.workers.start import WorkerStart
 
 # Two pipes to the worker and back, one that reports the exec, and a few that a start method opens
 # meanwhile.

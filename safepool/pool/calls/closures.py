@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.calls.deliveries import Delivery, Needs, versions
-from safepool.pool.calls.table import Added, Closure, Imports
+from safepool.pool.calls.table import Added, Closure, Imports, Table
 from safepool.pool.calls.values import definitions, pickle_additions
 from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk, components
 from safepool.pool.hands import within
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.pool.calls.known import Known
-    from safepool.pool.calls.table import Table
 
 # Markers for a name without an object.
 _IMPORTS, _MISSING = "import", "del"

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overloa
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
-from safepool.pool.calls.mapping import Coming, MapRun
-from safepool.pool.calls.results import end_failed
-from safepool.pool.core.policy import policy_of
+from safepool.pool.calls.mapping import Coming, Item, MapRun
+from safepool.pool.calls.results import Feed, ResultIterator, end_failed
+from safepool.pool.core.policy import Policy, policy_of
 from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.awaiting import Raising as _Raising
     from safepool.pool.calls.awaiting import Returning as _Returning
-    from safepool.pool.calls.mapping import Item
-    from safepool.pool.calls.results import Feed, ResultIterator
     from safepool.pool.core.events import Force
-    from safepool.pool.core.policy import Policy
 
     class Runner(Feed, Protocol):
         """Methods that :class:`PoolCalls` needs of the scheduler."""

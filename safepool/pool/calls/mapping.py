@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.core.work import Span
-from safepool.pool.latch import Waiters
+from safepool.pool.latch import Bell, Waiters
 from safepool.transport.room import held_at_most
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.functions import SentFunction
     from safepool.pool.calls.tasks import Turn
     from safepool.pool.core.policy import Policy
-    from safepool.pool.latch import Bell
     from safepool.transport.reductions import Reductions
 
 __all__ = ["Coming", "MapRun", "Raised", "Span"]

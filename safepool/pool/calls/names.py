@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.calls.closures import ADDED, close, find_additions
-from safepool.pool.calls.deliveries import Versions
+from safepool.pool.calls.deliveries import Delivery, Versions
 from safepool.pool.calls.table import Closure, Table
 from safepool.pool.latch import Latch
 from safepool.transport.marks import main_space
@@ -46,7 +46,6 @@ from safepool.transport.marks import main_space
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safepool.pool.calls.deliveries import Delivery
     from safepool.transport.main_names import MainNames
 
 # Sets of names that calls have asked for.

@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from safepool.errors import PoolBrokenError, users_frames
 from safepool.pool.calls import mapping
-from safepool.pool.calls.mapping import Raised
+from safepool.pool.calls.mapping import Item, MapRun, Raised
 from safepool.pool.calls.tasks import fresh
-from safepool.pool.latch import Waiters
+from safepool.pool.latch import Bell, Place, Waiters
 from safepool.transport.room import held_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-    from safepool.pool.calls.mapping import Item, MapRun
-    from safepool.pool.latch import Bell, Place
 
 __all__ = ["Feed", "OpenMaps", "ResultIterator", "Results", "end_failed"]
 

@@ -11,11 +11,10 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from safepool.pool.core.work import Call
+from safepool.pool.core.work import Call, Given
 
 if TYPE_CHECKING:
     from safepool.pool.core.events import Fed
-    from safepool.pool.core.work import Given
 
 # Portions of a run whose time of submission is known; those before count as the oldest of these.
 _MOST_PORTIONS = 4096

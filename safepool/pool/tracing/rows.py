@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from safepool.pool.tracing.costs import pickled_ns, queued_ns
-from safepool.pool.tracing.events import PLAIN, Calls
+from safepool.pool.tracing.events import PLAIN, Calls, Events
 from safepool.workers.timed import Timed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.pool.core.work import Given
-    from safepool.pool.tracing.events import Events
 
 # A function may have any name, and each of its events repeats it.
 _LONGEST_NAME = 200

@@ -7,10 +7,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.limits import read_throttling
+from safepool.limits import Throttling, read_throttling
 from safepool.pool.core.ending import Lost
-from safepool.pool.core.events import Break, Bury, Hired, Ready
-from safepool.pool.core.work import Span
+from safepool.pool.core.events import Break, Bury, Event, Fed, Hired, Ready, Settle, Who
+from safepool.pool.core.work import Call, Span
 from safepool.pool.shell.listener import Listener
 from safepool.pool.tracing.costs import note_brought, note_pickled
 from safepool.pool.tracing.counted import CountedTrace
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from safepool.limits import Throttling
-    from safepool.pool.core.events import Event, Fed, Settle, Who
-    from safepool.pool.core.work import Call
     from safepool.pool.shell.listener import Bring, Buffer, Handle, Pickles, Settles, Table
     from safepool.pool.shell.worker import Worker
 
