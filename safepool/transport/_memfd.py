@@ -16,17 +16,13 @@ import socket
 import struct
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from safepool import linux
 from safepool.transport import room
 from safepool.transport.descriptors import Descriptor, Handed, close_all
-from safepool.transport.frames import CorruptFrameError, Filed, Missing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from safepool.transport.frames import Segment
+from safepool.transport.frames import CorruptFrameError, Filed, Missing, Segment
 
 assert sys.platform == "linux"
 

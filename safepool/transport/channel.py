@@ -10,18 +10,14 @@ import itertools
 import socket
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from safepool.errors import REFUSALS
 from safepool.transport.descriptors import Handed
 from safepool.transport.files import FILE_BYTES, Side, Stored, store
-from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
+from safepool.transport.frames import CorruptFrameError, Filed, Frame, FrameReader, Kind, Segment
 from safepool.transport.room import require
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from safepool.transport.frames import Frame, Segment
 
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.

@@ -29,18 +29,13 @@ import pickle
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from safepool.transport.frames import Filed
+from safepool.transport.frames import Buffer, Filed
 from safepool.transport.lazy import loaded
 from safepool.transport.reductions import belong_to_pickle, reduce_once
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from typing import Self
-
-    from safepool.transport.frames import Buffer
 
 # SCM_MAX_FD, unix(7).
 _MOST_AT_ONCE = 253

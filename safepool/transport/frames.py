@@ -20,16 +20,13 @@ from __future__ import annotations
 import enum
 import mmap
 import struct
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 from safepool.errors import SafepoolError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-
-    Buffer: TypeAlias = "bytes | bytearray | memoryview"
-    Received: TypeAlias = "bytearray | memoryview"
-    Segment: TypeAlias = "bytes | memoryview | Filed"
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Received: TypeAlias = bytearray | memoryview
 
 _HEADER = struct.Struct("!2sBBIQ")
 _MAGIC = b"sp"
@@ -130,6 +127,10 @@ class Filed:
 
     def __len__(self) -> int:
         return sum(self.lengths)
+
+
+Segment: TypeAlias = bytes | memoryview | Filed
+Segments: TypeAlias = Sequence[Segment]
 
 
 class Missing(bytearray):

@@ -25,7 +25,7 @@ from safepool.transport.descriptors import (
     registered,
 )
 from safepool.transport.exceptions import StandardTable
-from safepool.transport.frames import Missing
+from safepool.transport.frames import Buffer, Missing, Segment
 from safepool.transport.growing import Sink, load
 from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Prints, Reducers
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from io import BytesIO
 
-    from safepool.transport.frames import Buffer, Segment
 
 # A smaller buffer is cheaper as a copy in the pickle than as a segment.
 _OUT_OF_BAND_BYTES = 32 * 1024

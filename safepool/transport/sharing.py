@@ -8,19 +8,15 @@ Not covered:
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from safepool.arguments import checked
 from safepool.transport import references
 from safepool.transport.files import Stored, store
-from safepool.transport.frames import Filed, Missing
+from safepool.transport.frames import Buffer, Filed, Missing, Segment
 from safepool.transport.memmaps import read_only_reducers
 from safepool.transport.payloads import dumps, loads
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from safepool.transport.frames import Buffer, Segment
 
 _T = TypeVar("_T")
 _numbers = itertools.count(1)

@@ -23,20 +23,16 @@ import sys
 import threading
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from safepool.errors import let_handlers_pass
-from safepool.transport.frames import Missing
+from safepool.transport.frames import Buffer, Missing
 from safepool.transport.growing import STEP_BYTES, Sink, Source, load
 from safepool.transport.marks import MAIN_NAMES, PLAIN, is_of_python
 from safepool.transport.memmaps import Reducers
 from safepool.transport.payloads import segments_of
 from safepool.transport.sharing import Shared
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from safepool.transport.frames import Buffer
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
 

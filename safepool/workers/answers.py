@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.frames import Filed, Kind, encode
+from safepool.transport.frames import Filed, Kind, Segments, encode
 from safepool.workers.board import LANE_CALLS, Board
 from safepool.workers.describe import describe
 from safepool.workers.messages import answer_frame, numbers_frame, values_frame
@@ -19,11 +19,8 @@ from safepool.workers.messages import answer_frame, numbers_frame, values_frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safepool.transport.frames import Segment
     from safepool.workers.fork import Fork
     from safepool.workers.logs import Outbox
-
-    Segments = Sequence[Segment]
 
 # Results wait for no more than this while further calls run. A message costs some 5
 # microseconds on each side, so it is paid by a few hundred of the shortest calls.

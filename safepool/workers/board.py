@@ -49,15 +49,11 @@ import signal
 import struct
 import sys
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from safepool.errors import REFUSALS
 from safepool.workers.fence import barrier, has_barrier
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    Segment = bytes | memoryview
 
 _CLAIMED, _SINCE, _BEGAN, REVOKED, _FILLED, _KIND, _FIRST, _LAST, _MARK, _PID, _RESTED = range(11)
 # After the cells: the name of what runs.
@@ -193,7 +189,9 @@ class Board:
         """Say that a position begins that was claimed for reading."""
         self._cells[_BEGAN] = position
 
-    def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
+    def publish(
+        self, position: int, microseconds: int, kind: int, pickled: bytes | memoryview
+    ) -> bool:
         """Store a result for the next flush; ``False`` if the board has no room for it."""
         filled = self._filled
         begin = filled & _FILLED_MASK

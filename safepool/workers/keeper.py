@@ -29,15 +29,11 @@ import socket
 import struct
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import NoReturn
 
 from safepool import linux
 from safepool.workers.tree import Descendant, descendants, signal_all
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import NoReturn
-
 
 assert sys.platform == "linux"
 

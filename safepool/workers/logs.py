@@ -35,17 +35,13 @@ import os
 import pickle
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from safepool.errors import text_of
 from safepool.transport.channel import Channel, ChannelClosedError
-from safepool.transport.frames import Kind, encode
+from safepool.transport.frames import Buffer, Kind, Segment, encode
 from safepool.transport.marks import PLAIN
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from safepool.transport.frames import Segment
 
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
@@ -231,7 +227,7 @@ def pack_record(record: logging.LogRecord, *, filtered: bool = False) -> bytes:
     return pickle.dumps((plain, others, filtered), protocol=5)
 
 
-def unpack_record(packed: bytes | bytearray | memoryview) -> tuple[Mapping[str, Any], bool]:
+def unpack_record(packed: Buffer) -> tuple[Mapping[str, Any], bool]:
     """Return the attributes of a record that :func:`pack_record` packed, and ``filtered``.
 
     Example:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import pickle
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
-from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.transport.frames import Buffer, CorruptFrameError, Kind, Segment, encode
 from safepool.workers.board import RECORD, numbers_of, records_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from safepool.transport.frames import Segment
 
 _FUNCTION = struct.Struct("<I")
 # Of each call in a frame of several: the function's number and the length of the pickle.
@@ -158,13 +153,13 @@ def batch_frame(
     return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed, apart), *segments])
 
 
-def read_batch(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, bool, bool, bool]:
+def read_batch(segments: Sequence[Buffer]) -> tuple[int, bool, bool, bool]:
     """Return number, ``starred``, ``timed`` and ``apart`` of a frame of :func:`batch_frame`."""
     number, starred, timed, apart = _BATCH.unpack(segments[0])
     return number, starred, timed, apart
 
 
-def function_of(segments: Sequence[bytes | bytearray | memoryview]) -> int:
+def function_of(segments: Sequence[Buffer]) -> int:
     """Return the function's number in a frame of :func:`task_frame`."""
     number: int = _FUNCTION.unpack(segments[0])[0]
     return number
@@ -186,7 +181,7 @@ def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -
     return encode(Kind.VALUES, position, [head, numbers])
 
 
-def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, list[object]]:
+def read_values(segments: Sequence[Buffer]) -> tuple[int, list[object]]:
     """Return microseconds and values of a frame of values; `CorruptFrameError` if it is none."""
     try:
         head, data = segments
@@ -200,7 +195,7 @@ def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int
 
 
 def read_tasks(
-    segments: Sequence[bytes | bytearray | memoryview],
+    segments: Sequence[Buffer],
 ) -> Iterator[tuple[int, memoryview]]:
     """Yield function and pickle of each call in a frame of :func:`tasks_frame`."""
     if len(segments) != 2 or len(segments[0]) % _CALL.size:

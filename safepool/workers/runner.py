@@ -16,7 +16,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
-from safepool.transport.frames import Kind, encode
+from safepool.transport.frames import Frame, Kind, Received, Segments, encode
 from safepool.transport.marks import PLAIN
 from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.reductions import Reductions
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
 
     from safepool.threads.cap import WorkerCap
     from safepool.transport.channel import Channel
-    from safepool.transport.frames import Frame, Received, Segment
     from safepool.workers.inheritance import Initializer
     from safepool.workers.preload import Imports
-
-    Segments = Sequence[Segment]
 
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.

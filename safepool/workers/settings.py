@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.threads.imports import AfterImport, imported
 from safepool.transport import payloads
-from safepool.transport.frames import Kind, encode
+from safepool.transport.frames import Buffer, Kind, encode
 from safepool.transport.marks import PLAIN
 from safepool.transport.names import Met
 from safepool.workers.settings_table import SETTINGS, Setting, filters_of
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
-    from safepool.transport.frames import Buffer
 
 _FILTERS = "warnings.filters"
 _added: dict[str, Setting] = {}

@@ -17,19 +17,16 @@ import time
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.transport.frames import Buffer, CorruptFrameError, Kind, Segments, encode
 from safepool.workers.answers import Answers
 from safepool.workers.coroutines import run_to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safepool.transport.frames import Segment
     from safepool.workers.board import Board
     from safepool.workers.fork import Fork
     from safepool.workers.logs import Outbox
-
-    Segments = Sequence[Segment]
 
 # Calls of a batch share an entry as long as they take no longer together.
 _TOGETHER_NS = 1_000_000
@@ -56,7 +53,7 @@ class Timed(NamedTuple):
     packed_ns: int
 
 
-def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed]:
+def read_times(segments: Sequence[Buffer]) -> list[Timed]:
     """Return the entries of a frame of times."""
     if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
         raise CorruptFrameError("a frame of times has a wrong size")

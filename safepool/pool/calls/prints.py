@@ -11,22 +11,18 @@ method runs when the state has changed, for the pickle that is sent.
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from safepool.errors import let_handlers_pass, text_of
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
 from safepool.transport.files import Stored
-from safepool.transport.frames import Filed
+from safepool.transport.frames import Filed, Segment
 from safepool.transport.lazy import loaded
 from safepool.transport.names import Met
 from safepool.transport.reductions import States
 from safepool.transport.references import Collected
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from safepool.transport.frames import Segment
 
 _T = TypeVar("_T")
 

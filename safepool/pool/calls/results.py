@@ -12,9 +12,10 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 from safepool.errors import PoolBrokenError, users_frames
 from safepool.pool.calls import mapping
@@ -22,10 +23,6 @@ from safepool.pool.calls.mapping import Item, MapRun, Raised
 from safepool.pool.calls.tasks import fresh
 from safepool.pool.latch import Bell, Place, Waiters
 from safepool.transport.room import held_at_most
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
-
 
 __all__ = ["Feed", "OpenMaps", "ResultIterator", "Results", "end_failed"]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.deliveries import Delivery
     from safepool.pool.calls.functions import SentFunction
     from safepool.pool.core.policy import Policy
-    from safepool.transport.frames import Segment
+    from safepool.transport.frames import Buffer, Segment
     from safepool.transport.sharing import Shared
 
     class Turn(Protocol):
@@ -522,8 +522,8 @@ def fresh(error: PoolBrokenError) -> PoolBrokenError:
 
 
 def rebuild(
-    segments: Sequence[bytes | bytearray | memoryview],
-    loads: Callable[[Sequence[bytes | bytearray | memoryview]], Any] = payloads.loads,
+    segments: Sequence[Buffer],
+    loads: Callable[[Sequence[Buffer]], Any] = payloads.loads,
     call: str = "the call",
 ) -> BaseException:
     """Return the exception that a worker described, its remote traceback as the cause."""
