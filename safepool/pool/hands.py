@@ -190,20 +190,6 @@ class Job:
         ended: Whether it was run. It is finished afterwards, once.
     """
 
-    __slots__ = (
-        "_clock",
-        "_finish",
-        "_ident",
-        "_may_be_passed",
-        "_rests_since_s",
-        "_turn",
-        "_used",
-        "begun_s",
-        "ended",
-        "place",
-        "run",
-    )
-
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
         self._finish: Callable[[], None] | None = finish

@@ -57,15 +57,8 @@ _SINGLE_DISPATCH: types.CodeType = _dispatching.__code__
 
 # Attributes that the standard library adds to a wrapper besides the function.
 _WRAPPER_NAMES = frozenset(
-    {
-        *functools.WRAPPER_ASSIGNMENTS,
-        "__wrapped__",
-        "cache_parameters",
-        "dispatch",
-        "register",
-        "registry",
-        "_clear_cache",
-    }
+    {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "cache_parameters"}
+    | {"dispatch", "register", "registry", "_clear_cache"}
 )
 
 # Modules of types with a descriptor.

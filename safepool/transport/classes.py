@@ -42,16 +42,8 @@ _OWN_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__", "__annotations_cache__"})
 # Attributes that enum.EnumType makes from the members.
 _OF_MEMBERS = frozenset(
-    {
-        "_generate_next_value_",
-        "_member_names_",
-        "_member_map_",
-        "_member_type_",
-        "_value2member_map_",
-        "_hashable_values_",
-        "_unhashable_values_",
-        "_unhashable_values_map_",
-    }
+    {"_generate_next_value_", "_member_names_", "_member_map_", "_member_type_"}
+    | {"_value2member_map_", "_hashable_values_", "_unhashable_values_", "_unhashable_values_map_"}
 )
 # Attributes that classes of ctypes other than structures need when they are made.
 _OF_CTYPES = frozenset({"_type_", "_length_", "_flags_", "_argtypes_", "_restype_"})

@@ -74,19 +74,6 @@ class Met:
         memo: Objects that the last pickler has met, by ``id()``; kept if ``keeps_memo`` is set.
     """
 
-    __slots__ = (
-        "_before",
-        "_held",
-        "keeps_memo",
-        "memo",
-        "own",
-        "prints",
-        "refs",
-        "replaced",
-        "seeds",
-        "uses",
-    )
-
     def __init__(
         self,
         own: Collection[str] = (),

@@ -38,24 +38,9 @@ _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
 # Methods of a class that the picklers may call, besides those of `object` and C code.
 _CALLED = (
-    "__reduce_ex__",
-    "__reduce__",
-    "__getstate__",
-    "__setstate__",
-    "__getnewargs__",
-    "__getnewargs_ex__",
-    "__new__",
-    "__getattribute__",
-    "__getattr__",
-    "__setattr__",
-    "__setitem__",
-    "__iter__",
-    "__del__",
-    "__hash__",
-    "items",
-    "append",
-    "extend",
-    "add",
+    *("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs__"),
+    *("__getnewargs_ex__", "__new__", "__getattribute__", "__getattr__", "__setattr__"),
+    *("__setitem__", "__iter__", "__del__", "__hash__", "items", "append", "extend", "add"),
 )
 # Makers of objects that are functions, by module.
 _MAKERS = {
@@ -230,11 +215,8 @@ def _looks_tame(kind: type) -> bool:
 
 
 _C_METHODS = (
-    types.WrapperDescriptorType,
-    types.MethodDescriptorType,
-    types.BuiltinFunctionType,
-    types.ClassMethodDescriptorType,
-    type(None),
+    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.BuiltinFunctionType),
+    *(types.ClassMethodDescriptorType, type(None)),
 )
 
 

@@ -47,7 +47,7 @@ def get_ready() -> None:
     An import needs a descriptor, and a task may use up all descriptors. Done once: a forked worker
     has what its fork server has loaded.
     """
-    for name in _IMPORTED_WITHIN:
+    for name in _LATE:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -56,15 +56,7 @@ def get_ready() -> None:
 
 # ``traceback`` imports these inside its functions or lazily (Python 3.11 to 3.15), for details of
 # an error: columns of a line, a wrong name, a typing error in a keyword.
-_IMPORTED_WITHIN = (
-    "_colorize",
-    "_suggestions",
-    "ast",
-    "codeop",
-    "difflib",
-    "inspect",
-    "unicodedata",
-)
+_LATE = "_colorize", "_suggestions", "ast", "codeop", "difflib", "inspect", "unicodedata"
 
 
 def say_what(error: Exception, result: object, done: Reductions, *, look: bool) -> None:

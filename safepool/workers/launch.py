@@ -43,13 +43,8 @@ _ENDING_S = 1.0
 _SMALL_VARIABLE = 4096
 # execve(2): there is none, it is not for this user, or no program at all.
 _NOT_EXECUTABLE = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.ENOEXEC,
-    errno.ELOOP,
-    errno.EISDIR,
+    *(errno.ENOENT, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.ENOEXEC, errno.ELOOP, errno.EISDIR),
 }
 # First statements of a server. The path comes over the socket: one argument has 128 KiB at most
 # (execve(2), MAX_ARG_STRLEN). Only built-in modules are imported before it is set; for "-c" itself

@@ -84,7 +84,7 @@ def test_errors_that_refuse_everything_are_described(monkeypatch: pytest.MonkeyP
     assert not describe._speaks(SilentError())
     assert describe._speaks(ValueError("text"))
     assert describe._name(Odd) == "(an exception whose type has no name)"
-    monkeypatch.setattr(describe, "_IMPORTED_WITHIN", ("no_such_module", "ast"))
+    monkeypatch.setattr(describe, "_LATE", ("no_such_module", "ast"))
     describe.get_ready()
 
 

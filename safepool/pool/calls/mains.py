@@ -46,20 +46,10 @@ ABSENT = object()
 
 # Attributes of a class that change without the program's doing, or say nothing.
 _OF_CLASSES = frozenset(
-    {
-        "__abstractmethods__",
-        "__annotate_func__",
-        "__annotations__",
-        "__dict__",
-        "__weakref__",
-        "_abc_impl",
-        "__slotnames__",  # of copyreg, set by the first pickle of an instance
-        "__static_attributes__",
-        "__firstlineno__",
-        "__annotations_cache__",
-        "__dataclass_fields__",
-        "__dataclass_params__",
-    }
+    {"__abstractmethods__", "__annotate_func__", "__annotations__", "__annotations_cache__"}
+    | {"__dataclass_fields__", "__dataclass_params__", "__dict__", "__weakref__", "_abc_impl"}
+    | {"__static_attributes__", "__firstlineno__"}
+    | {"__slotnames__"}  # of copyreg, set by the first pickle of an instance
 )
 
 

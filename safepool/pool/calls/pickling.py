@@ -43,13 +43,8 @@ if TYPE_CHECKING:
 _FEW = 16
 
 # They hold nothing that a call could change.
-_UNCHANGED: tuple[type, ...] = (
-    *PLAIN,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-)
+_CODE = type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType
+_UNCHANGED: tuple[type, ...] = (*PLAIN, *_CODE)
 
 # For the pickle of these no room is asked for.
 _NUMBERS = PLAIN - {str, bytes}

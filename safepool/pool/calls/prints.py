@@ -119,13 +119,13 @@ def _exposed(value: Any) -> object:
 
 def steadily(attempt: Callable[[], _T]) -> _T:
     """Pickle again what another thread has changed meanwhile."""
-    for left in reversed(range(_ATTEMPTS)):
+    for _ in range(1, _ATTEMPTS):
         try:
             return attempt()
         except RuntimeError as error:
-            if not left or "during iteration" not in text_of(error):
+            if "during iteration" not in text_of(error):
                 raise
-    raise AssertionError
+    return attempt()
 
 
 def placed(segments: Sequence[bytes | memoryview]) -> list[Segment]:

@@ -233,27 +233,15 @@ def can_be_shared(value: object) -> bool:
 
 # Types whose objects never change, or are pickled as names.
 _UNCHANGED = frozenset(
-    {
-        "datetime",
-        "decimal",
-        "fractions",
-        "ipaddress",
-        "logging",
-        "pathlib",
-        "re",
-        "uuid",
-        "zoneinfo",
-    }
+    {"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re"}
+    | {"uuid", "zoneinfo"}
 )
 
 
 # By module and name, so that nothing is imported to find out.
 _GENERATORS = frozenset(
-    {
-        ("numpy.random._generator", "Generator"),
-        ("numpy.random.mtrand", "RandomState"),
-        ("torch._C", "Generator"),
-    }
+    {("numpy.random._generator", "Generator"), ("numpy.random.mtrand", "RandomState")}
+    | {("torch._C", "Generator")}
 )
 
 
