@@ -13,4 +13,12 @@ ledger     unanswered calls of one worker
 ending     how a worker ended, and the consequence for its calls and the pool
 starts     the start of workers: how many, when, in which place, and when the pool gives up
 patience   the limit of workers that end before they did any work
+
+Facts that the shell finds out, and that are no decisions about calls and workers:
+
+    the pool's size (``size``)                       the user's, or that of the budget
+    memory above a limit (``memory``, ``settling``)  measured against the user's limit, then told
+    settings that workers must get first             `HandOut`
+    standstill of pickling (``hands``)               told as work that may be passed
+    the worker of a caller (``turns``)               one of those that the core lends
 """

@@ -33,7 +33,6 @@ from safepool.pool.calls.tasks import (
 )
 from safepool.pool.core import events as e
 from safepool.pool.core.machine import Core
-from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Teller
 from safepool.pool.latch import Latch
 from safepool.pool.shell import refusals
@@ -318,7 +317,9 @@ class Loop:
         if core.idle_ns is not None or core.is_busy(size, staff.lost):
             self._tell(staff, e.Step(size, staff.lost))
         self._fill_up(staff)
-        self._hand_out(staff)
+        if core.backlog:
+            told = not len(staff) or self._dispatch.telling.may_be_told()
+            self._tell(staff, e.HandOut(told, *self._dispatch.kept()))
         return not (self._closing and core.may_end(awaited=self._is_awaited))
 
     def _look_around(self, staff: Staff, worked: set[int]) -> None:
@@ -431,34 +432,24 @@ class Loop:
 
     def _patience(self) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
-        now, core = time.monotonic(), self._core
-        packs, reads = self._dispatch.waits, self._settling.waits
-        times = self._next_looks(packs, reads) if packs or reads else []
+        core, packs, reads = self._core, self._dispatch.waits, self._settling.waits
         waits, owes = bool(core.backlog), core.owes
-        if not (waits or owes or times or core.idle_ns is not None):
+        if not (waits or owes or packs or reads or core.idle_ns is not None):
             return None  # as after every lone task
-        look_ns = core.next_look(time.monotonic_ns())
-        if look_ns is not None:
-            times.append(look_ns / 1e9)
-        if waits or owes:
-            if (follow_at := self.size.next_look) is not None:
-                times.append(follow_at)
-            if (look_at := self._oom.next_look) is not None:
-                times.append(look_at)
-            if self._memory is not None and (look_at := self._memory.next_look(self.workers())):
-                times.append(look_at)
-        return max(0.0, min(times) - now) if times else None
-
-    def _next_looks(self, packs: bool, reads: bool) -> list[float]:
-        """Return the time of the next look at pickling and unpickling, by the monotonic clock."""
-        looks = []
+        now, look_ns = time.monotonic(), core.next_look(time.monotonic_ns())
+        looks = [None if look_ns is None else look_ns / 1e9]
         if packs:
             looks.append(self._dispatch.next_look())
         if reads:
             looks.append(self._settling.hands.next_pump())
-        if self._closing:
-            looks.append(time.monotonic() + _REST_S / 10)
-        return [look for look in looks if look is not None]
+        if self._closing and (packs or reads):
+            looks.append(now + _REST_S / 10)
+        if waits or owes:
+            looks += [self.size.next_look, self._oom.next_look]
+            if self._memory is not None:
+                looks.append(self._memory.next_look(self.workers()))
+        times = [look for look in looks if look is not None]
+        return max(0.0, min(times) - now) if times else None
 
     # Events for the core, and its actions.
 
@@ -472,12 +463,6 @@ class Loop:
             answer = self._do[type(action)](self, staff, action)
             if answer is not None:
                 todo += reversed(handle(answer, time.monotonic_ns()))
-
-    def _hand_out(self, staff: Staff) -> None:
-        if not self._core.backlog:
-            return
-        told = not len(staff) or self._dispatch.telling.may_be_told()
-        self._tell(staff, e.HandOut(told, *self._dispatch.kept()))
 
     def _send(self, staff: Staff, action: e.Send) -> e.Sent:
         worker: Worker = action.worker
@@ -607,7 +592,9 @@ class Loop:
             case Kind.RESULT | Kind.EXCEPTION:
                 self._tell(staff, answer_of(worker, position, kind, segments))
             case Kind.READY:
-                self._welcome(staff, worker, has_board=bool(segments))
+                if not segments:
+                    worker.drop_board()
+                self._tell(staff, e.Ready(worker, bool(worker.board)))
             case Kind.TIMES:
                 self._listener.timed(worker, segments)
             case Kind.INITIALIZER_FAILED:
@@ -618,11 +605,6 @@ class Loop:
                 self._tell(staff, e.Unreadable(worker, position))
             case _:
                 raise CorruptFrameError(f"message {kind!r} was not requested")
-
-    def _welcome(self, staff: Staff, worker: Worker, *, has_board: bool) -> None:
-        if not has_board:
-            worker.drop_board()
-        self._tell(staff, e.Ready(worker, bool(worker.board)))
 
     def _settled(self, run: MapRun, count: int) -> None:
         run.unsettled -= count
@@ -738,19 +720,9 @@ _DO: dict[type[e.Action], Callable[[Loop, Staff, Any], e.Event | None]] = {
     e.Cancel: Loop._cancel,
     e.Fail: Loop._fail,
     e.Bury: Loop._bury,
-    e.Stop: lambda _, staff, do: (
-        staff.dismiss_failed(do.worker)
-        if do.worker.phase is Phase.FAILED
-        else staff.stop(do.worker)
-    ),
-    e.Condemn: lambda _, staff, do: (
-        staff.condemn(do.worker) if do.stack else staff.end_with_descendants(do.worker)
-    ),
-    e.EndNow: lambda _, staff, do: (
-        staff.ask(do.worker)
-        if do.force == "ask"
-        else staff.end(do.worker, at_once=do.force == "kill")
-    ),
+    e.Stop: lambda _, staff, do: staff.stop(do.worker),
+    e.Condemn: lambda _, staff, do: staff.condemn(do.worker, stack=do.stack),
+    e.EndNow: lambda _, staff, do: staff.end(do.worker, do.force),
     e.Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
     e.PutOff: lambda _, __, do: _log.warning(
         "cannot start another worker: %s. The pool goes on with the workers that it has",

@@ -31,6 +31,7 @@ from safepool.workers.tree import TreeEnd, bury
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from safepool.pool.core.events import Force
     from safepool.pool.shell.worker import Worker
     from safepool.transport.frames import Frame
     from safepool.workers.tree import Descendant
@@ -245,7 +246,9 @@ class Staff:
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end after the calls that it was sent."""
-        worker.deadline = time.monotonic() + _STOPPING_S
+        # After a failed initializer it ends by itself: its log records must arrive.
+        time_s = _STOPPING_S if worker.failure is None else _ENDING_S
+        worker.deadline = time.monotonic() + time_s
         self.send(worker, encode(Kind.STOP, 0))
 
     def hurry(self, count: int) -> None:
@@ -254,43 +257,39 @@ class Staff:
         for worker in ending[: max(0, count)]:
             self._expect_the_end(worker)
 
-    def dismiss_failed(self, worker: Worker) -> None:
-        """Let a worker end by itself after its initializer failed: its log records must arrive."""
-        self.stop(worker)
-        worker.deadline = time.monotonic() + _ENDING_S
+    def end(self, worker: Worker, force: Force) -> None:
+        """End a worker in the middle of its call.
 
-    def ask(self, worker: Worker) -> None:
-        """Ask a worker to end in the middle of its call; its signal handler may take time."""
-        if not worker.terminated:
-            worker.terminated = True
-            self.stop(worker)  # for one that does not heed the signal
-            worker.end(signal.SIGTERM)
-
-    def end(self, worker: Worker, *, at_once: bool = False) -> None:
-        """End a worker now: first by ``SIGTERM``, then by ``SIGKILL``."""
+        Args:
+            worker: The worker.
+            force: ``"ask"`` sends ``SIGTERM``, whose handler may take its time; after
+                ``"terminate"`` ``SIGKILL`` follows soon; ``"kill"`` sends that at once.
+        """
         if worker.killed:
             return
-        if at_once:
+        if force == "kill":
             self._kill(worker)
             return
-        soon = time.monotonic() + _TERMINATING_S
-        worker.deadline = min(worker.deadline or soon, soon)
+        if force == "terminate":
+            soon = time.monotonic() + _TERMINATING_S
+            worker.deadline = min(worker.deadline or soon, soon)
+        elif not worker.terminated:
+            self.stop(worker)  # for one that does not heed the signal
         if not worker.terminated:
             worker.terminated = True
             worker.end(signal.SIGTERM)
 
-    def end_with_descendants(self, worker: Worker) -> None:
-        """End a worker that is condemned, with every process that its task started."""
-        if not worker.killed:
-            worker.deadline = time.monotonic()
-
-    def condemn(self, worker: Worker) -> None:
+    def condemn(self, worker: Worker, *, stack: bool) -> None:
         """End a worker in the middle of its task, with every process that the task started.
 
-        The worker first writes its Python stack on its board.
+        Args:
+            worker: The worker.
+            stack: The worker first writes its Python stack on its board.
         """
+        if worker.killed:
+            return
         pause_s = 0.0
-        if worker.board and STACK_SIGNAL:
+        if stack and worker.board and STACK_SIGNAL:
             worker.stack_begin = worker.board.written
             worker.end(STACK_SIGNAL)
             hog = isinstance(worker.condemned, MemoryExceeded)
