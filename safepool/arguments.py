@@ -254,10 +254,6 @@ def _is_environment(value: object) -> bool:
     )
 
 
-def _is_context(value: object) -> bool:
-    return isinstance(value, str) or hasattr(value, "get_start_method")
-
-
 def _unless(is_it: Callable[[Any], bool], words: str) -> Callable[[Any], str]:
     return lambda value: "" if is_it(value) else words
 
@@ -522,7 +518,7 @@ RULES: dict[str, Rule] = {
     ),
     "mp_context": Rule(
         kind="a context of multiprocessing, or the name of a start method",
-        is_kind=_is_context,
+        is_kind=lambda value: isinstance(value, str) or hasattr(value, "get_start_method"),
         lacks=_lacks_as_context,
         remedy="Leave it out for the best start method here. Pass a function by initializer=",
         choices=("safepool", "loky", "spawn", "fork", "forkserver"),

@@ -349,12 +349,8 @@ def _of_the_library(lines: Sequence[str]) -> list[str]:
         return [f"  {line}" for line in lines[-_MOST_LINES:]]
     # The thread that crashed is named so; the main thread is the last one otherwise.
     start = next((n for n in starts if lines[n].startswith("Current thread")), starts[-1])
-    frames = itertools.takewhile(_is_frame, lines[start + 1 :])
+    frames = itertools.takewhile(lambda line: line.startswith("  File "), lines[start + 1 :])
     return [line for line in frames if not any(name in line for name in _OURS)][:_MOST_LINES]
-
-
-def _is_frame(line: str) -> bool:
-    return line.startswith("  File ")
 
 
 def _shortened(path: str) -> str:

@@ -243,7 +243,7 @@ class Session:
         there = asyncio.Event()
         self._waiter = loop, there
         try:
-            if self._has_something():
+            if self._answers or self._returned is not None:
                 return
             await asyncio.wait_for(there.wait(), most_s)
         except TimeoutError:
@@ -255,9 +255,6 @@ class Session:
     def has_lapsed(self, now_s: float) -> bool:
         """Return whether the program has stopped asking for answers."""
         return self._waiter is None and self.heard_s + _LAPSE_S < now_s
-
-    def _has_something(self) -> bool:
-        return bool(self._answers) or self._returned is not None
 
     def report(self) -> Report:
         """Return what can be collected, and drop it here."""
