@@ -6,18 +6,16 @@ import functools
 import importlib
 import pickle
 import traceback
+from collections.abc import Callable
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 from safepool.errors import text_of, users_frames
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.exceptions import Sendable
 from safepool.transport.payloads import dumps, dumps_to_send, loads
 from safepool.transport.reductions import Reductions
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
 
 # Of a result that cannot be sent: its beginning, however large it is.
 _SHORT = Repr()

@@ -10,13 +10,10 @@ pool.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import NoReturn
 
 from safepool.transport import payloads
-
-if TYPE_CHECKING:
-    from types import FrameType
-    from typing import NoReturn
 
 script_is_run = False
 """Whether this process is a fork server that runs the script's top level at this moment."""

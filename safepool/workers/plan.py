@@ -25,13 +25,11 @@ import io
 import os
 import sys
 import types
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, Literal, NamedTuple
 
 from safepool.transport.marks import alias_main, main_space, use_space
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from types import FrameType
 
 MAINS = ("auto", "run", "value")
 """What the argument ``main=`` of a pool may be."""

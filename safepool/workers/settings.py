@@ -16,7 +16,9 @@ import pickle
 import re
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from safepool.threads.imports import AfterImport, imported
 from safepool.transport import payloads
@@ -24,11 +26,6 @@ from safepool.transport.frames import Buffer, Kind, encode
 from safepool.transport.marks import PLAIN
 from safepool.transport.names import Met
 from safepool.workers.settings_table import SETTINGS, Setting, filters_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from types import ModuleType
-
 
 _FILTERS = "warnings.filters"
 _added: dict[str, Setting] = {}
