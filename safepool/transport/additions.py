@@ -75,8 +75,10 @@ _NOT_LOOKED_AT = frozenset({"sys", "builtins", "signal", "faulthandler", *MAIN_N
 
 
 def homes(modules: Iterable[str]) -> dict[str, None]:
-    """Return the modules that are looked through, of those that the script imports."""
+    """Return the modules that are looked through: those that the script imports, and others."""
     found = dict.fromkeys(modules)
+    # Another module, or code that the script executes, may register its functions for it.
+    found |= dict.fromkeys(name for name in _REGISTRIES if name in sys.modules)
     found |= dict.fromkeys(_homes_of(main_space().copy().values()))
     for name in [*found]:
         top, module = name.partition(".")[0], sys.modules.get(name)

@@ -152,13 +152,6 @@ PROGRAM = """
 """
 
 
-REGISTERED_BY_SCRIPT = {
-    f"Registered, {shape}, {way}"
-    for shape in ("of the script", "mixed", "in each other")
-    for way in ("result", "raised")
-}
-
-
 def told(how: str, folder: Path) -> dict[str, list[Any]]:
     """Return the calls in the program and in the worker, and the outcome, by row."""
     program = folder / f"{how}.py"
@@ -189,9 +182,6 @@ def test_methods_for_pickling_run_as_with_the_standard_pool(
         if row.endswith("raised"):
             # A worker finds out whether an error can be unpickled: what that calls comes last.
             del begun[len(standard[row][1]) :]
-    if main == "value":
-        # Only a worker that runs the script registers reducers.
-        ours = {row: found for row, found in ours.items() if row not in REGISTERED_BY_SCRIPT}
     wrong = {row: (found, standard[row]) for row, found in ours.items() if found != standard[row]}
     assert wrong == {}
 
