@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -112,3 +113,17 @@ def send_signal(pidfd: int | None, number: int) -> bool:
     except OSError:
         return False  # a filter refuses this call, and not kill(2)
     return True
+
+
+def asked(call: Callable[..., Any], *arguments: int) -> Any:
+    """Return the system's answer; ``None`` if a filter refuses the call."""
+    try:
+        return call(*arguments)
+    except (OSError, ValueError):  # getrlimit() makes a ValueError of some
+        return None
+
+
+def limit_of(name: str) -> tuple[int, int] | None:
+    """Return a limit of ``resource``, soft and hard; ``None`` if a filter refuses the call."""
+    found: tuple[int, int] | None = asked(resource.getrlimit, getattr(resource, name))
+    return found

@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing import process, resource_tracker
 from typing import Any
 
-from safepool import procfs
+from safepool import linux
 from safepool.transport import marks
 from safepool.workers import lifeline, script
 from safepool.workers.fork import code_of, flush
@@ -30,49 +30,12 @@ from safepool.workers.main import be_worker
 
 assert sys.platform == "linux"
 
-_LIMITS = (
-    *("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE"),
-    *("RLIMIT_MEMLOCK", "RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_STACK"),
-)
-
-
-def circumstances() -> dict[str, Any]:
-    """Return the inherited state that a child of this process can still set later."""
-    return {
-        "path": [entry for entry in sys.path if isinstance(entry, str)],
-        "argv": list(sys.argv),
-        "umask": _umask(),
-        "nice": _asked(os.getpriority, os.PRIO_PROCESS, 0),
-        "affinity": _asked(os.sched_getaffinity, 0),
-        "limits": {name: _limit(name) for name in _LIMITS},
-        "recursion": sys.getrecursionlimit(),
-    }
-
-
-def _asked(call: Callable[..., Any], *arguments: int) -> Any:
-    """Return the system's answer; ``None`` if a filter refuses the call."""
-    try:
-        return call(*arguments)
-    except (OSError, ValueError):  # getrlimit() makes a ValueError of some
-        return None
-
-
-def _limit(name: str) -> tuple[int, int] | None:
-    found: tuple[int, int] | None = _asked(resource.getrlimit, getattr(resource, name))
-    return found
-
-
-def _umask() -> int | None:
-    # umask(2) can only be asked by setting it, for all threads. Linux 4.7.
-    _, found, rest = (procfs.read("/proc/self/status") or "").partition("\nUmask:")
-    return int(rest.partition("\n")[0], 8) if found else None
-
 
 def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     """Run as a worker until the pool sends a stop; return the exit code.
 
     Args:
-        details: :func:`circumstances`, and the pool's own entries.
+        details: ``launch.details_of()``, and the pool's own entries.
         line: Reading end of the life-line.
         own: Descriptors for this worker, in the order in which they are taken apart here.
     """
@@ -144,12 +107,12 @@ def _set_streams(out: int, err: int) -> None:
 def _inherit(details: dict[str, Any], folder: int) -> None:
     _go(details, folder)
     for name, limit in details["limits"].items():
-        if limit is not None and _limit(name) != limit:
+        if limit is not None and linux.limit_of(name) != limit:
             _try(resource.setrlimit, getattr(resource, name), limit)
     nice, cpus = details["nice"], set(details["told"].cpus) or details["affinity"]
-    if nice is not None and _asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
+    if nice is not None and linux.asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
         _try(os.setpriority, os.PRIO_PROCESS, 0, nice)
-    if cpus is not None and _asked(os.sched_getaffinity, 0) != cpus:
+    if cpus is not None and linux.asked(os.sched_getaffinity, 0) != cpus:
         _try(os.sched_setaffinity, 0, cpus)
 
 

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from safepool import linux
-from safepool.workers import server
+from safepool.workers.start import EXIT_CODE
 from safepool.workers.tree import try_to_signal
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class ForkedProcess:
 
     def _ask(self) -> None:
         try:
-            told = os.read(self._status, server.EXIT_CODE.size)
+            told = os.read(self._status, EXIT_CODE.size)
         except BlockingIOError:
             return
         except OSError:
             told = b""
-        if len(told) == server.EXIT_CODE.size:
-            self._exitcode = server.EXIT_CODE.unpack(told)[0]
+        if len(told) == EXIT_CODE.size:
+            self._exitcode = EXIT_CODE.unpack(told)[0]
         else:
             self._lost = True
 

@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
-from safepool import linux
+from safepool import linux, procfs
 from safepool.errors import naming
-from safepool.workers import birth, forked, keeper
+from safepool.workers import forked, keeper
 from safepool.workers.safe_path import is_safe, safe_path
 
 assert sys.platform == "linux"
@@ -73,6 +73,12 @@ _KEEP = """
 from safepool.workers.keeper import keep
 keep({}, {}, {!r}, {})
 """
+
+
+_LIMITS = (
+    *("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE"),
+    *("RLIMIT_MEMLOCK", "RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_STACK"),
+)
 
 
 class NoInterpreterError(RuntimeError):
@@ -364,11 +370,30 @@ def _above_streams(number: int) -> int:
     return fcntl.fcntl(number, linux.F_DUPFD_CLOEXEC, 3)
 
 
+def _circumstances() -> dict[str, Any]:
+    """Return the inherited state that a child of this process can still set later."""
+    return {
+        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "argv": list(sys.argv),
+        "umask": _umask(),
+        "nice": linux.asked(os.getpriority, os.PRIO_PROCESS, 0),
+        "affinity": linux.asked(os.sched_getaffinity, 0),
+        "limits": {name: linux.limit_of(name) for name in _LIMITS},
+        "recursion": sys.getrecursionlimit(),
+    }
+
+
+def _umask() -> int | None:
+    # umask(2) can only be asked by setting it, for all threads. Linux 4.7.
+    _, found, rest = (procfs.read("/proc/self/status") or "").partition("\nUmask:")
+    return int(rest.partition("\n")[0], 8) if found else None
+
+
 def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
     """Return the state of a child of this process, besides descriptors."""
     me = multiprocessing.current_process()
     return {
-        **birth.circumstances(),
+        **_circumstances(),
         "environ": environment_of(changes),
         "changes": changes,
         "parent": os.getpid(),

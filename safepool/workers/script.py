@@ -135,8 +135,8 @@ def tell_prints(names: list[str], pipe: int) -> None:
     Args:
         names: Names of the globals, and paths to attributes of its functions and classes; with
             ``BY_METHODS`` behind those whose methods for pickling are to run.
-        pipe: Pipe that :func:`read_prints` reads. The content may end early: this process ends
-            after half a minute, or by code of the script.
+        pipe: Pipe that the program reads (``upkeep``). The content may end early: this process
+            ends after half a minute, or by code of the script.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _PRINTS_S)
@@ -147,18 +147,6 @@ def tell_prints(names: list[str], pipe: int) -> None:
             print_ = fingerprint(*found, by_state=by_state) if found else ABSENT
             file.write(pickle.dumps((name, print_), protocol=5))
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def read_prints(data: bytes) -> dict[str, bytes | None]:
-    """Return by name what :func:`tell_prints` wrote."""
-    found: dict[str, bytes | None] = {}
-    file = io.BytesIO(data)
-    try:
-        while True:
-            name, print_ = pickle.load(file)
-            found[name] = print_
-    except (EOFError, pickle.UnpicklingError):  # the end, or that of a process that was ended
-        return found
 
 
 def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> types.CodeType:

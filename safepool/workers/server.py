@@ -32,7 +32,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import warnings
@@ -51,6 +50,7 @@ from safepool.workers.describe import get_ready
 from safepool.workers.fence import has_barrier
 from safepool.workers.preload import BACKGROUND_THREADS
 from safepool.workers.settings import compile_ahead
+from safepool.workers.start import EXIT_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -60,9 +60,6 @@ if TYPE_CHECKING:
     from safepool.workers.start import WorkerStart
 
 assert sys.platform == "linux"
-
-EXIT_CODE = struct.Struct("!i")
-"""What is written into a worker's pipe when it has ended."""
 
 # A fork beside a background thread warns. Which threads may be there is checked here.
 _WARNS = sys.version_info >= (3, 12)

@@ -7,6 +7,7 @@ start them is a `StartMethod`, and its row in ``methods``.
 from __future__ import annotations
 
 import socket
+import struct
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from safepool.workers.inheritance import Initializer
+
+EXIT_CODE = struct.Struct("!i")
+"""What a fork server writes into a worker's pipe when it has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)

@@ -6,7 +6,9 @@ their treatment.
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool.errors import FROM_OUTSIDE
 from safepool.transport import letters
-from safepool.workers import asking, forked, launch, script
+from safepool.workers import asking, forked, launch
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ class Server:
                         return {}
                 data = os.read(told, 1 << 16)
                 if not data:
-                    return script.read_prints(found)
+                    return _read_prints(found)
                 found += data
         except OSError:
             return {}  # it is gone; the next worker's server is another
@@ -300,6 +302,18 @@ class Server:
             raise
         finally:
             sock.close()
+
+
+def _read_prints(data: bytes) -> dict[str, bytes | None]:
+    """Return by name what ``script.tell_prints`` wrote."""
+    found: dict[str, bytes | None] = {}
+    file = io.BytesIO(data)
+    try:
+        while True:
+            name, print_ = pickle.load(file)
+            found[name] = print_
+    except (EOFError, pickle.UnpicklingError):  # the end, or that of a process that was ended
+        return found
 
 
 _logged: set[str] = set()

@@ -66,6 +66,42 @@ def test_importing_the_package_loads_no_other_module_of_it() -> None:
     assert ours == {"safepool"} | finder
 
 
+# Prints what the program and a worker have loaded of the package when the first task has ended,
+# and how many functions and annotations were compiled from text in the program.
+FIRST_POOL = """
+import json, sys
+
+made = []
+sys.addaudithook(lambda event, told: event == "compile" and made.append(told[1] == "<string>"))
+import safepool
+
+def modules():
+    return [name for name in sys.modules if name.startswith("safepool")]
+
+if __name__ == "__main__":
+    with safepool.ProcessPool(1) as pool:
+        of_worker = pool.submit(modules).result()
+    print(json.dumps([modules(), of_worker, sum(made)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the fork server")
+def test_what_the_first_pool_loads(tmp_path: Path) -> None:
+    """CPU time of a program that makes one pool; a frozen dataclass compiles six functions."""
+    script = tmp_path / "script.py"
+    script.write_text(FIRST_POOL)
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
+    of_program, of_worker, compiled = json.loads(run.stdout)
+
+    of_server = {"server", "birth", "script", "traces"}
+    assert of_server.isdisjoint(name.rpartition(".")[2] for name in of_program)
+    assert len(of_program) <= 165
+    assert len(of_worker) <= 75
+    assert compiled <= 480
+
+
 @pytest.mark.parametrize("name", safepool.__all__)
 def test_a_public_name_resolves_and_is_documented(name: str) -> None:
     """What the package promises is there, and says what it is."""

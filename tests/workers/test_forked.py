@@ -15,7 +15,7 @@ if sys.platform != "linux":
 from safepool import linux
 from safepool.workers import forked
 from safepool.workers.forked import ForkedProcess
-from safepool.workers.server import EXIT_CODE
+from safepool.workers.start import EXIT_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,7 +15,8 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
-from safepool.workers.server import EXIT_CODE, _Server
+from safepool.workers.server import _Server
+from safepool.workers.start import EXIT_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
