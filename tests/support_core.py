@@ -7,6 +7,7 @@ from typing import Any
 import support_tasks
 
 from safepool.pool.calls.mapping import MapRun, Span
+from safepool.pool.core.ending import Ending, Stage
 from safepool.pool.core.policy import NO_POLICY, Policy
 from safepool.pool.core.worker import Member, Phase
 
@@ -23,6 +24,26 @@ def span_of(run: MapRun, calls: int, start: int = 0, **is_: Any) -> Span:
     for name, value in is_.items():
         setattr(span, name, value)
     return span
+
+
+def ending(**changes: Any) -> Ending:
+    """Return how a worker ended that was killed after its first calls, apart from what changes."""
+    facts: dict[str, Any] = {
+        "pid": 7,
+        "exitcode": -9,
+        "by_pool": False,
+        "oom": None,
+        "exceeded": None,
+        "stage": Stage.USED,
+        "reading": "",
+        "dismissed": False,
+        "pool_ends": False,
+        "condemned": None,
+        "fault": None,
+        "stack": "",
+        "lost": (),
+    }
+    return Ending(**{**facts, **changes})
 
 
 def worker(

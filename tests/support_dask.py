@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
     from support_cgroups import ControlGroup
 
+# Of tests that start a cluster and programs of their own.
+WITH_DASK = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("distributed") is None,
+        reason="distributed is not installed: pip install 'safepool[dask]'",
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _START_S = 300.0
 # Of a program on a machine that has many times too much to do. A quiet one takes seconds.

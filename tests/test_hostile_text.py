@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import support_core
 
 import safepool
 from safepool import machine
@@ -208,22 +209,7 @@ def test_a_complaint_of_the_command_is_one_harmless_line(
 
 
 def ending(**changes: object) -> Ending:
-    facts: dict[str, object] = {
-        "pid": 7,
-        "exitcode": -9,
-        "by_pool": False,
-        "oom": None,
-        "stage": Stage.READING,
-        "reading": HOSTILE,
-        "dismissed": False,
-        "pool_ends": False,
-        "condemned": None,
-        "exceeded": None,
-        "fault": None,
-        "stack": "",
-        "lost": (),
-    }
-    return Ending(**{**facts, **changes})  # type: ignore[arg-type]
+    return support_core.ending(**{"stage": Stage.READING, "reading": HOSTILE, **changes})
 
 
 class _Work:

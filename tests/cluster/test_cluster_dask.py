@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from support_cgroups import control_group
-from support_dask import NODE_A, NODE_B, dask_cluster
+from support_dask import NODE_A, NODE_B, WITH_DASK, dask_cluster
 from support_processes import has_ended, wait_until
 
 from safepool.cli import report
@@ -18,14 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # ruff: noqa: E501 -- programs
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("distributed") is None,
-        reason="distributed is not installed: pip install 'safepool[dask]'",
-    ),
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-]
+pytestmark = WITH_DASK
 
 TOUR = """
 import asyncio, threading, numpy as np

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from support_cgroups import control_group
-from support_dask import NODE_A, NODE_B, dask_cluster
+from support_dask import NODE_A, NODE_B, WITH_DASK, dask_cluster
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # ruff: noqa: E501 -- programs
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("distributed") is None,
-        reason="distributed is not installed: pip install 'safepool[dask]'",
-    ),
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-]
+pytestmark = WITH_DASK
 
 # Node A is the first of two; its workers are in a control group of their own.
 HEAD = """

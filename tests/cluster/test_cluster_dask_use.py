@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support_cgroups import control_group
-from support_dask import NODE_A, NODE_B, another_host, dask_cluster
+from support_dask import NODE_A, NODE_B, WITH_DASK, another_host, dask_cluster
 from support_processes import wait_until
 
 if TYPE_CHECKING:
@@ -22,14 +21,7 @@ if TYPE_CHECKING:
     from support_dask import DaskCluster, Host
 
 # ruff: noqa: E501 -- programs
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("distributed") is None,
-        reason="distributed is not installed: pip install 'safepool[dask]'",
-    ),
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-]
+pytestmark = WITH_DASK
 
 JOBLIB = """
 import threading

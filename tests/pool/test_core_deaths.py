@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support_core import MS, NOW, worker
+from support_core import MS, NOW, ending, worker
 
 from safepool.errors import MemoryExceeded, OutOfMemory, TaskTimeoutError
 from safepool.pool.calls.mapping import Span
@@ -81,22 +81,7 @@ ENDS: dict[str, tuple[Member, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", ENDS)
 def test_facts_of_a_death(case: str) -> None:
     member, told, differs = ENDS[case]
-    facts = {
-        "pid": 7,
-        "exitcode": -9,
-        "by_pool": False,
-        "oom": None,
-        "stage": Stage.READY,
-        "reading": "",
-        "dismissed": False,
-        "pool_ends": False,
-        "condemned": None,
-        "exceeded": None,
-        "fault": None,
-        "stack": "",
-        "lost": (),
-    }
-    assert ending_of(member, **told) == Ending(**{**facts, **differs})
+    assert ending_of(member, **told) == ending(**{"stage": Stage.READY, **differs})
 
 
 # One row per worker that was in the second of three calls: the worker, what is told, whether the

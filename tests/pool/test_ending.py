@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 import pytest
+from support_core import ending
 
 from safepool import MemoryExceeded, TaskTimeoutError, WorkerDiedError
 from safepool.errors import OutOfMemory
 from safepool.pool.calls.tasks import PoolFuture, Task
-from safepool.pool.core.ending import Ending, Lost, Stage
+from safepool.pool.core.ending import Lost, Stage
 from safepool.pool.core.policy import Policy
 
 pytestmark = pytest.mark.unit
@@ -21,25 +22,6 @@ TOO_MUCH = MemoryExceeded(limit_bytes=1 << 20, held_bytes=5 << 20, born_bytes=0,
 
 def task() -> Task:
     return Task(PoolFuture(), (abs, (-1,), {}), "module.f", Policy())
-
-
-def ending(**changes: Any) -> Ending:
-    facts: dict[str, Any] = {
-        "pid": 7,
-        "exitcode": -9,
-        "by_pool": False,
-        "oom": None,
-        "exceeded": None,
-        "stage": Stage.USED,
-        "reading": "",
-        "dismissed": False,
-        "pool_ends": False,
-        "condemned": None,
-        "fault": None,
-        "stack": "",
-        "lost": (),
-    }
-    return Ending(**{**facts, **changes})
 
 
 FAILED = Lost(task(), 0, begun=True, again=None)
