@@ -278,6 +278,7 @@ def test_a_pool_that_has_workers_gets_the_next_a_second_later(why: Exception) ->
     for second in range(40):
         now_ns = NOW + 1000 * MS * second
         assert hired_at(core, now_ns)
+        assert core.handle(e.Fill(), now_ns) == [e.Hire(1, 0)]
         assert refuse(core, why, now_ns) == e.PutOff(why)
         assert not hired_at(core, now_ns + 1000 * MS - 1)
         assert core.handle(e.Fill(), now_ns + 1000 * MS - 1) == []
@@ -311,6 +312,7 @@ FILLED: dict[str, tuple[list[Member], int, int]] = {
         0,
         2,
     ),
+    "one is missing": ([worker(index=at) for at in range(2)], 0, 1),
     "all are there": ([worker(index=at) for at in range(3)], 0, 0),
     "one that could not be ended": ([], 1, 2),
 }

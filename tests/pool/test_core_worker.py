@@ -200,7 +200,7 @@ def test_books_that_are_wrong(case: str) -> None:
 
 def test_books_that_are_right() -> None:
     core = Core(3)
-    gone = worker(index=1, phase=Phase.DYING)
+    gone = worker(1, index=1, phase=Phase.DYING, has_board=False)
     core.members = (worker(index=1), gone, *with_ledger(lambda one: have_answered(one, 0, 1)))
     core.handle(e.Fed(run_of(), [1, 2], last=True), NOW)
     core.check()
