@@ -144,10 +144,8 @@ class LateError(Exception):
 def within(patience_s: float, run: Callable[[], _T]) -> _T:
     """Call the program's code in a separate thread, and return its result.
 
-    Raises:
-        LateError: The call has waited for that time without using the processor. The thread goes
-            on, and its result is dropped.
-        BaseException: The exception of the call.
+    `LateError` if the call has waited for that time without using the processor: the thread goes
+    on, and its result is dropped.
 
     Example:
         >>> within(30.0, lambda: 3)
@@ -183,12 +181,7 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
 
 
 class Job:
-    """Something that one thread runs, and the scheduler may wait for.
-
-    Attributes:
-        begun_s: When a thread was given it, by the monotonic clock; 0 before.
-        ended: Whether it was run. It is finished afterwards, once.
-    """
+    """Something that one thread runs, and the scheduler may wait for; finished once."""
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run

@@ -155,14 +155,8 @@ class CorruptFrameError(SafepoolError):
 def encode(kind: Kind, task: int, segments: Sequence[Segment] = ()) -> list[bytes | memoryview]:
     """Return the pieces to send for one frame; the segments are not copied.
 
-    Args:
-        kind: Kind of the message.
-        task: Position of the task, 0 to 2**64 - 1.
-        segments: The payload's parts. The descriptor of one that is a file goes ahead, by
-            :meth:`~safepool.transport.files.Side.send`.
-
-    Returns:
-        The header, then the segments that are not empty; small ones joined to one piece.
+    The header, then the segments that are not empty; small ones joined to one piece. The
+    descriptor of one that is a file goes ahead, by :meth:`~safepool.transport.files.Side.send`.
 
     Example:
         >>> b"".join(encode(Kind.STOP, 0)).hex()

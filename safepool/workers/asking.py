@@ -303,7 +303,6 @@ class RunningServer:
         """Fork a worker.
 
         Raises:
-            OSError: The system lacks memory, processes or descriptors.
             CannotForkError: The server will never be able to fork.
             CannotRunError: The script has left threads.
             StartedThreadsError: The script or another import has started threads.

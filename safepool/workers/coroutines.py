@@ -17,8 +17,7 @@ from typing import Any
 def run_to_its_end(awaitable: Any) -> Any:
     """Run a coroutine by ``asyncio.run()`` in a new event loop, and return its result.
 
-    Raises:
-        BaseException: The exception of the coroutine, without the frames of the event loop.
+    Its exception is raised without the frames of the event loop.
 
     Example:
         >>> async def two() -> int:

@@ -105,10 +105,6 @@ def read_answers(
 ) -> tuple[int, list[object]] | None:
     """Return microseconds and results of several calls; ``None`` if these bytes are another thing.
 
-    Raises:
-        ValueError: They are cut off.
-        Exception: The exception of ``loads``.
-
     Example:
         >>> read_answers(b"".join(values_frame(7, 5, [1, None])), 7, 2, pickle.loads)
         (5, [1, None])

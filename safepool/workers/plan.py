@@ -88,9 +88,6 @@ class MainPlan(NamedTuple):
 def plan_main(wanted: str) -> MainPlan:
     """Choose the source of ``__main__`` for workers that are forked from a fork server.
 
-    Raises:
-        ValueError: ``wanted`` is no element of :data:`MAINS`, or is ``"run"`` without a script.
-
     Example:
         >>> plan_main("value").because
         'main="value"'

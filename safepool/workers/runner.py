@@ -61,12 +61,9 @@ _dumps = pickle.dumps
 
 
 class Runner:
-    """The calls of one pool in this process.
+    """The calls of one pool in this process; without a board they come one by one.
 
-    Args:
-        board: Board shared with the pool; without one calls come one by one.
-        initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
-        imports: Listener to the imports of tasks, which the worker reports to the pool.
+    A forked worker has inherited its initializer. With ``imports`` it reports those of tasks.
     """
 
     def __init__(

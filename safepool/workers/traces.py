@@ -32,12 +32,7 @@ _OF_THE_C_LIBRARY = 3 << 31
 
 
 class Traces(NamedTuple):
-    """State of the process at one moment.
-
-    Attributes:
-        signals: The masks of signals that are blocked, ignored and handled.
-        states: States that are reset in each worker.
-    """
+    """State of the process at one moment: what an import may change, or a worker resets."""
 
     files: dict[str, str]
     children: frozenset[int]

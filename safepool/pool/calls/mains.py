@@ -128,11 +128,7 @@ def is_data(value: object) -> bool:
 
 
 class Look:
-    """State of some values at one moment.
-
-    Attributes:
-        doubts: Objects that must be compared by content.
-    """
+    """State of some values at one moment; ``doubts`` must be compared by content."""
 
     __slots__ = ("_parts", "_seen", "doubts")
 

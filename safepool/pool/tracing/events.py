@@ -70,9 +70,7 @@ PLAIN = frozenset({"returned", "raised"})
 class Calls:
     """Calls of one worker that follow each other and have one event.
 
-    Attributes:
-        names: Number of calls of each function; ``None`` while it is one, ``name``.
-        outcomes: Number of each outcome; ``None`` while it is one, ``outcome``.
+    The numbers by name and outcome are ``None`` while there is one.
     """
 
     begin_ns: int

@@ -50,9 +50,6 @@ class TraceFile:
     Attributes:
         written_bytes: Number of bytes handed to the file so far.
         dropped: Number of lines that were left out because the disk was too slow.
-
-    Raises:
-        TraceFileError: The file cannot be written, or another running pool writes it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

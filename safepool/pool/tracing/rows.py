@@ -42,11 +42,7 @@ class Settled:
 
 
 class Row:
-    """The row of one worker, numbered from 1.
-
-    Attributes:
-        given_up: Calls that its worker ran when the pool broke.
-    """
+    """The row of one worker, numbered from 1; and what its worker ran when the pool broke."""
 
     def __init__(self, number: int, events: Events, hired_ns: int) -> None:
         self.number = number
