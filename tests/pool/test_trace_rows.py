@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_core
 
 from safepool.errors import TraceFileError
+from safepool.pool.core.events import Fed
 from safepool.pool.tracing import costs, file
 from safepool.pool.tracing.events import Calls, Events
 from safepool.pool.tracing.file import TraceFile
@@ -107,14 +108,13 @@ def test_what_is_no_frame_of_times_is_refused() -> None:
 
 
 def test_when_a_call_was_queued_is_known_or_not() -> None:
-    run = SimpleNamespace()
-    span = SimpleNamespace(run=run, start=0)
-    assert costs.queued_ns(span, 0) is None  # type: ignore[arg-type]
+    run: Any = support_core.run_of()
+    span = support_core.span_of(run, 5)
+    assert costs.queued_ns(span, 0) is None
     for count in (2, 3):
-        brought = SimpleNamespace(run=run, items=[0] * count)
-        costs.note_brought(brought)  # type: ignore[arg-type]
+        costs.note_brought(Fed(run, [()] * count, last=False))
     assert [place for place, _ in run.noted] == [2, 5]
-    first, second = (costs.queued_ns(span, place) for place in (1, 4))  # type: ignore[arg-type]
+    first, second = (costs.queued_ns(span, place) for place in (1, 4))
     assert first is not None
     assert second is not None
     assert first <= second

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_core
 import support_inside as inside
 import support_tasks as tasks
 from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
@@ -71,9 +72,8 @@ class Table:
         ours, self.theirs = socket.socketpair()
         ours.setblocking(False)
         self.channel = Channel(ours)
-        worker: Any = SimpleNamespace(
-            channel=self.channel, ledger=SimpleNamespace(last=6), lane=None
-        )
+        worker: Any = support_core.worker(channel=self.channel, lane=None)
+        worker.ledger.skip(6)
         self.woken = 0
         self.turns = turns.Turns(
             lambda *_: None,
