@@ -42,7 +42,6 @@ THREAD_HANDLE = (
 NAMES: dict[str, list[str]] = {
     "_blake2": ["blake2b"],
     "_codecs": ["encode"],
-    "_io": ["_IOBase"],
     "_locale": ["setlocale"],
     "_signal": ["pthread_sigmask", "signal"],
     "_thread": ["start_joinable_thread" if sys.version_info >= (3, 13) else "start_new_thread"],

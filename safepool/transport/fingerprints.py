@@ -34,9 +34,7 @@ from safepool.transport.marks import (
     mark_of,
     parts_of,
 )
-from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
 from safepool.transport.sharing import Shared
-from safepool.transport.states import by_state
 
 UNKNOWN: Final = b""
 """Of a value that is too large to be looked at, or shared: it may be the same or not."""
@@ -44,10 +42,6 @@ UNKNOWN: Final = b""
 # Decorators have put attributes on them that no type checker knows.
 _LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, LRU_CACHE)
 _WRAPPERS = frozenset({*DESCRIPTORS, types.MethodType})
-OF_STATE: Final = b"state"
-"""The beginning of a hash for which no method of the program's was called."""
-BY_METHODS: Final = "()"
-"""Behind the name of a value in a request: its methods for pickling are to be called."""
 ABSENT: Final = b"absent"
 """What is said of a name that is not there."""
 
@@ -61,16 +55,14 @@ class _TooLargeError(Exception):
     """The value is too large for a fingerprint."""
 
 
-def fingerprint(value: object, *, by_state: bool = True) -> bytes | None:
+def fingerprint(value: object) -> bytes | None:
     """Return a hash that distinguishes values, also between processes.
 
     Args:
-        value: Anything.
-        by_state: Whether to call no method for pickling of the program's, if that is possible.
+        value: Anything. Only its own pickling methods are called.
 
     Returns:
-        A hash, which begins with :data:`OF_STATE` if such methods were not called;
-        :data:`UNKNOWN` if it is larger than 16 MiB, or shared; ``None`` if it cannot be
+        A hash; :data:`UNKNOWN` if it is larger than 16 MiB, or shared; ``None`` if it cannot be
         pickled, as a lock or a connection.
 
     Example:
@@ -81,22 +73,17 @@ def fingerprint(value: object, *, by_state: bool = True) -> bytes | None:
         True
     """
     sink = _Sink()
-    pickler = _Pickler(sink, protocol=5, buffer_callback=sink.add_buffer)
-    pickler.by_state = by_state
     try:
-        pickler.dump(value)
+        _Pickler(sink, protocol=5, buffer_callback=sink.add_buffer).dump(value)
         if sink.may_have_sets and sink.size <= _MOST_ORDERED_BYTES:
-            used = pickler.states_used
             sink = _Sink()
-            pickler = _OrderedPickler(sink, protocol=5, buffer_callback=sink.add_buffer)
-            pickler.by_state, pickler.states_used = by_state, used
-            pickler.dump(value)
+            _OrderedPickler(sink, protocol=5, buffer_callback=sink.add_buffer).dump(value)
     except _TooLargeError:
         return UNKNOWN
     except Exception as error:  # noqa: BLE001 -- user code; a pickler may raise anything
         let_handlers_pass(error)
-        return fingerprint(value, by_state=False) if by_state and pickler.states_used else None
-    return pickler.states_used * OF_STATE + sink.hash.digest()
+        return None
+    return sink.hash.digest()
 
 
 class _Sink:
@@ -131,9 +118,6 @@ class _Pickler(pickle.Pickler):
         weak.containers(), cast("dict[type, Any]", copyreg.dispatch_table)
     )
 
-    by_state: bool = False
-    states_used: bool = False
-
     def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
         if isinstance(obj, types.ModuleType):
             return str, (attribute_of(obj, "__name__"),)  # an attribute may be loaded on reading
@@ -142,7 +126,7 @@ class _Pickler(pickle.Pickler):
         if type(obj) in _WRAPPERS:
             return tuple, ((type(obj).__qualname__, *parts_of(obj).items()),)
         if not isinstance(obj, _LOOKED_INTO):
-            return self._by_program(obj) or NotImplemented
+            return NotImplemented
         name = f"{obj.__module__}.{obj.__qualname__}"
         if is_of_main(obj):
             name = f"__main__.{obj.__qualname__}"
@@ -156,17 +140,6 @@ class _Pickler(pickle.Pickler):
             return tuple, ((name, obj.__wrapped__, dict(obj.registry)),)
         held = [cell.cell_contents for cell in obj.__closure__ or () if is_full(cell)]
         return tuple, ((name, mark_of(obj), obj.__defaults__, obj.__kwdefaults__, held),)
-
-    def _by_program(self, obj: Any) -> Any:
-        """Reduce an object with methods for pickling; ``None`` for others."""
-        kind = type(obj)
-        reduce = copyreg.dispatch_table.get(kind)
-        if not (is_of_program(reduce) if reduce else runs_code(kind)):
-            return None
-        if self.by_state and (state := by_state(obj)) is not None:
-            self.states_used = True
-            return state
-        return reduce_once(reduce or by_itself, obj)
 
 
 class _OrderedPickler(_Pickler):

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safepool.transport.fingerprints import ABSENT, BY_METHODS, OF_STATE, UNKNOWN, fingerprint
+from safepool.transport.fingerprints import ABSENT, UNKNOWN, fingerprint
 from safepool.transport.marks import find_in_main, is_mark_of
-from safepool.transport.reductions import Reductions, begin, end
 
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
@@ -64,15 +63,12 @@ class MainNames:
         if unknown and self._marks is not None:
             self._prints |= dict.fromkeys(unknown, UNKNOWN) | dict(self._ask(unknown))
 
-    def changed(
-        self, values: Mapping[str, object], done: Reductions | None = None
-    ) -> dict[str, object]:
+    def changed(self, values: Mapping[str, object]) -> dict[str, object]:
         """Return those globals that workers do not have as the program has them now.
 
         Args:
             values: Globals of ``__main__`` in the program, by name; and attributes of its
                 functions and classes, by their path.
-            done: Results of methods for pickling. The value's own are added to them.
 
         Returns:
             Names to be delivered. What is there and cannot be pickled here is not among them: it
@@ -86,15 +82,6 @@ class MainNames:
                 found[name] = value
                 continue
             ours = fingerprint(value)
-            if ours and ours.startswith(OF_STATE) and ours != theirs != UNKNOWN:
-                # The methods may leave out what differs.
-                self.ask([name + BY_METHODS])
-                theirs = self._prints.get(name + BY_METHODS, UNKNOWN)
-                before = begin(done)
-                try:
-                    ours = fingerprint(value, by_state=False)
-                finally:
-                    end(before)
             if ours is not None and (ours == UNKNOWN or ours != theirs):
                 found[name] = value
         return found

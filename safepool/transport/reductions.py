@@ -25,7 +25,6 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from safepool.transport.lazy import loaded
-from safepool.transport.states import by_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,16 +82,6 @@ class Reductions(dict["tuple[int, int]", "tuple[object, object, Any]"]):
             del self[key]
 
 
-class States(Reductions):
-    """Compares objects by their state: no method of the program's runs where that is possible.
-
-    Attributes:
-        used: Whether there was such an object.
-    """
-
-    used: bool = False
-
-
 def begin(known: Reductions | None) -> _Place:
     """Let the picklers of this thread look into results; return what :func:`end` is to be given.
 
@@ -146,9 +135,6 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
     known = _thread.__dict__.get("reductions") or _reductions()
     if known is None:
         return reduce(obj)
-    if type(known) is States and (state := by_state(obj)) is not None:
-        known.used = True
-        return state
     key = id(obj), id(reduce)  # picklers may have different reducers
     entry = known.get(key)
     if entry is None:
@@ -162,7 +148,11 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
                 known[key] = obj, reduce, _Failed(error)
             raise
         if type(reduced) is tuple:
-            reduced = _kept(reduced, known, key)
+            if not _NOTHING.issuperset(map(type, reduced[3:5])):
+                items = [_replayed(part, known, key) for part in reduced[3:5]]
+                reduced = _WithItems((*reduced[:3], *items, *reduced[5:]))
+            if any(map(_lends, reduced[1:3])):
+                known.of_one_pickle = True
         entry = known[key] = obj, reduce, reduced
     reduced = entry[2]
     if type(reduced) is _Failed:
@@ -171,16 +161,6 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
     if type(reduced) is _WithItems:
         return tuple(one.__copy__() if type(one) is _Replayed else one for one in reduced)
     return reduced
-
-
-def _kept(reduced: tuple[Any, ...], known: Reductions, key: tuple[int, int]) -> tuple[Any, ...]:
-    """Return a result that can be used again."""
-    if any(map(_lends, reduced[1:3])):
-        known.of_one_pickle = True
-    if _NOTHING.issuperset(map(type, reduced[3:5])):
-        return reduced
-    items = [_replayed(part, known, key) for part in reduced[3:5]]
-    return _WithItems((*reduced[:3], *items, *reduced[5:]))
 
 
 class _WithItems(tuple[Any, ...]):

@@ -44,7 +44,7 @@ from typing import Any
 
 from safepool import procfs
 from safepool.errors import text_of
-from safepool.transport.fingerprints import ABSENT, BY_METHODS, fingerprint
+from safepool.transport.fingerprints import ABSENT, fingerprint
 from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
 from safepool.workers.fork import flush
@@ -133,8 +133,7 @@ def tell_prints(names: list[str], pipe: int) -> None:
     """Write fingerprints of the script's globals, in a process that does nothing else.
 
     Args:
-        names: Names of the globals, and paths to attributes of its functions and classes; with
-            ``BY_METHODS`` behind those whose methods for pickling are to run.
+        names: Names of the globals, and paths to attributes of its functions and classes.
         pipe: Pipe that the program reads (``upkeep``). The content may end early: this process
             ends after half a minute, or by code of the script.
     """
@@ -142,9 +141,8 @@ def tell_prints(names: list[str], pipe: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, _PRINTS_S)
     with open(pipe, "wb", buffering=0) as file:
         for name in names:
-            found = find_attribute(name.removesuffix(BY_METHODS))
-            by_state = not name.endswith(BY_METHODS)
-            print_ = fingerprint(*found, by_state=by_state) if found else ABSENT
+            found = find_attribute(name)
+            print_ = fingerprint(*found) if found else ABSENT
             file.write(pickle.dumps((name, print_), protocol=5))
     signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -311,7 +311,7 @@ def test_values_are_told_from_others_by_all_that_they_are_made_of() -> None:
     for one, same, other in zip(first, functions(1), second, strict=True):
         assert fingerprint(one) == fingerprint(same) != fingerprint(other)
     assert fingerprint(bytes(17 << 20)) == UNKNOWN
-    assert fingerprint(Strided(), by_state=False) is None
+    assert fingerprint(Strided()) is None
     assert fingerprints.ABSENT not in (UNKNOWN, fingerprint(None))
 
 

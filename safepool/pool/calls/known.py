@@ -36,7 +36,6 @@ class Known:
             workers have.
         short: The look at a function, if a short one will do.
         pickled_again: ``True`` if only a new pickle shows whether the value has changed.
-        by_state: ``True`` if objects with methods for pickling are compared by their state.
         is_large: The check takes too long for the scheduler's thread.
         unsteady: The pickle differs each time: only identity can be compared.
         spent_s: CPU time spent so far on finding out whether it has changed.
@@ -55,7 +54,6 @@ class Known:
     attributes: frozenset[str] | None
     short: PlainFunction | None
     pickled_again: bool
-    by_state: bool
     is_large: bool
     unsteady: bool = False
     spent_s: float = 0.0
@@ -111,12 +109,9 @@ class Known:
         try:
             if here:
                 return self.doubts.is_of(trusted.dumps(exposed(doubts)))
-            by_state = self.by_state
-            if self.doubts.is_of(print_of(doubts, by_state=by_state).segments):
+            if self.doubts.is_of(print_of(doubts)[0]):
                 return True
-            if not by_state:  # otherwise a new pickle tells
-                one, other = (print_of(doubts, by_state=False).segments[0] for _ in range(2))
-                self.unsteady = one != other
+            self.unsteady = print_of(doubts)[0][0] != print_of(doubts)[0][0]
         except Exception as error:  # noqa: BLE001 -- user code; it is pickled again, and raises there
             let_handlers_pass(error)
         return False

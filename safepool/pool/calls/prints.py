@@ -3,25 +3,21 @@
 A pickle is compared with a pickle, and the memory of arrays with the copy that workers were sent.
 A hash would be slower: comparing 40 MiB takes 3 ms, the fastest hash of the standard library 16 ms
 (benchmarks/names.py).
-
-Objects with methods for pickling of the program's are compared by their state (``states``). Such a
-method runs when the state has changed, for the pickle that is sent.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from safepool.errors import let_handlers_pass, text_of
+from safepool.errors import text_of
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
 from safepool.transport.files import Stored
 from safepool.transport.frames import Filed, Segment
 from safepool.transport.lazy import loaded
 from safepool.transport.names import Met
-from safepool.transport.reductions import States
 from safepool.transport.references import Collected
 
 _T = TypeVar("_T")
@@ -30,7 +26,6 @@ _T = TypeVar("_T")
 _ATTEMPTS = 20
 # A longer pickle is compared by its digest.
 _COMPARED_BYTES = 64 * 1024
-_MOST_STATE_BYTES = 1 << 20
 # The step of a comparison, so that both sides stay in the processor's cache.
 _STEP_BYTES = 1 << 20
 
@@ -60,44 +55,17 @@ class Print:
         return len(buffers) == len(self._buffers) and all(map(is_equal, buffers, self._buffers))
 
 
-class Printed(NamedTuple):
-    """Pickle of values, for comparison.
+def print_of(values: list[object]) -> tuple[list[bytes | memoryview], bool]:
+    """Return a pickle of values for comparison, and whether the values always have the same one.
 
-    Attributes:
-        replaced: ``True`` if the pickle differs from what is sent.
-        by_state: Whether objects with methods for pickling are compared by their state.
+    Buffers are out of band that are a part of the pickle otherwise.
     """
 
-    segments: list[bytes | memoryview]
-    replaced: bool
-    by_state: bool
-
-
-def print_of(values: list[object], *, by_state: bool = True) -> Printed:
-    """Return a pickle of values for comparison.
-
-    Args:
-        values: Objects. Their memory is out of band, also where it is a part of the pickle sent.
-        by_state: Whether to run no method for pickling of the program's, if that is possible.
-    """
-
-    def attempt() -> Printed:
-        states = States() if by_state else None
+    def attempt() -> tuple[list[bytes | memoryview], bool]:
         with Met(prints=True) as met, Collected():
-            segments = payloads.dumps(exposed(values), into_main=True, reductions=states)
-        used = states is not None and states.used
-        return Printed(segments, met.replaced or used, used)
+            return payloads.dumps(exposed(values), into_main=True), met.replaced
 
-    if not by_state:
-        return steadily(attempt)
-    try:
-        printed = steadily(attempt)
-    except Exception as error:  # noqa: BLE001 -- user code; a method may leave out what is wrong
-        let_handlers_pass(error)
-        return print_of(values, by_state=False)
-    # A method for pickling may leave out much.
-    is_large = printed.by_state and sum(map(length, printed.segments)) > _MOST_STATE_BYTES
-    return print_of(values, by_state=False) if is_large else printed
+    return steadily(attempt)
 
 
 def exposed(values: list[object]) -> list[object]:

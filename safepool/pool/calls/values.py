@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.additions import Addition
     from safepool.transport.frames import Segment
-    from safepool.transport.reductions import Reductions
     from safepool.transport.sharing import Shared
 
 # Objects in a pickle. A larger pickle is not searched for common objects.
@@ -47,7 +46,6 @@ class Pickled:
         there: Whether workers have the value by themselves, unchanged.
         held: By ``id()``, objects that another name may hold as well. Objects made for the pickle
             are kept, so that their id() is not used again.
-        done: Results of methods for pickling, for another pickle with other names.
     """
 
     names: tuple[str, ...]
@@ -62,7 +60,6 @@ class Pickled:
     draws: bool = False
     attributes: frozenset[str] | None = None
     looked: Looked | None = None
-    done: Reductions | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -72,7 +69,6 @@ class Looked:
     Attributes:
         printed: Pickle of the objects in doubt; ``None`` without such objects.
         replaced: ``True`` if ``printed`` is only for comparison.
-        by_state: ``True`` if it compares states of objects.
         failed: ``True`` if that pickle is impossible, because the value was pickled together with
             others.
         plain: ``True`` for a single value whose identity is enough.
@@ -81,7 +77,6 @@ class Looked:
     look: Look
     printed: list[bytes | memoryview] | None = None
     replaced: bool = False
-    by_state: bool = False
     failed: bool = False
     plain: bool = False
 
@@ -108,7 +103,7 @@ def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
     looked = Looked(Look(*values))
     if looked.look.doubts:
         try:
-            looked.printed, looked.replaced, looked.by_state = print_of(looked.look.doubts)
+            looked.printed, looked.replaced = print_of(looked.look.doubts)
         except Exception as error:  # noqa: BLE001 -- user code; the pickle of the whole tells, or raises
             let_handlers_pass(error)
             looked.failed = True
@@ -116,16 +111,8 @@ def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
     return looked
 
 
-def pickle_names(
-    group: tuple[str, ...], seeds: Mapping[str, object], done: Reductions | None = None
-) -> Pickled:
-    """Pickle the values of some names together.
-
-    Args:
-        group: The names.
-        seeds: Other names and their values, which are pickled as names.
-        done: Results of methods for pickling; ``States`` if the pickle is not to be sent.
-    """
+def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled:
+    """Pickle the values of some names together."""
 
     def attempt() -> Pickled:
         values: list[object] = []
@@ -144,12 +131,7 @@ def pickle_names(
                 values.append(value)
         by_value = any(map(_is_of_script, values))
         with Met(group, {**own, **seeds}, keeps_memo=True) as met, Collected() as shared:
-            segments = payloads.dumps(
-                tuple(values),
-                into_main=True,
-                by_value=by_value,
-                reductions=done,
-            )
+            segments = payloads.dumps(tuple(values), into_main=True, by_value=by_value)
         held: dict[int, object] = {}
         draws = any(map(_is_generator, values))
         if len(met.memo) < _MOST_MET:

@@ -35,7 +35,6 @@ from safepool.pool.hands import LateError, within
 from safepool.transport.held import Held, held_by_module
 from safepool.transport.marks import LRU_CACHE, attribute_of, attributes_of, main_space
 from safepool.transport.names import mentioned_in
-from safepool.transport.reductions import Reductions, States
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -182,23 +181,16 @@ class Walk:
         """Return a name as it is pickled, by the program's code."""
         value, slow = value_of(name), self._table.slow
         if not self._unasked or runs_no_code(value) or is_data(value):
-            return self._new(name)
+            return self._there(name) or self._alone(name)
         # An object that waits in there must not delay the call.
         if slow.get(name, ABSENT) is value:
             raise TimeoutError(_TOO_LONG)
         try:
-            return within(self._patience_s, lambda: self._new(name))
+            return within(self._patience_s, lambda: self._there(name) or self._alone(name))
         except LateError:
             self._patience_s = UNASKED_S / 10  # one second in all, more or less
             slow[name] = value
             raise TimeoutError(_TOO_LONG) from None
-
-    def _new(self, name: str) -> Pickled:
-        done = Reductions()
-        one = self._there(name, done)
-        if one is None:
-            one = self._alone(name, Reductions() if done.of_one_pickle else done)
-        return one
 
     def _own(self, name: str) -> Pickled | None:
         """Return a function or class that workers have from their own run, by name."""
@@ -211,22 +203,20 @@ class Walk:
         uses = uses_of(value) | attributes
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
-    def _there(self, name: str, done: Reductions) -> Pickled | None:
+    def _there(self, name: str) -> Pickled | None:
         """Return a name that workers have from their own run; ``None`` if it must be sent."""
         main, value = self._table.main, value_of(name)
-        known = self._table.known.get(name)
-        was_sent = known is not None and bool(known.delivery.segments)
-        if not main or was_sent or main.changed({name: value}, done):
+        if not main or name in self._table.known or main.changed({name: value}):
             return None
         try:
-            one = self._alone(name, States())
+            one = self._alone(name)
         except Exception as error:  # noqa: BLE001 -- the worker then keeps its own object
             let_handlers_pass(error)
             one = Pickled((name,), by_identity=True)
         one.there = True
         return one
 
-    def _alone(self, name: str, done: Reductions | None = None) -> Pickled:
+    def _alone(self, name: str) -> Pickled:
         value = value_of(name)
         place = held_by_module(name, value)
         if place is not None:
@@ -236,9 +226,8 @@ class Walk:
             self._by_id = data_by_id()
         # First: a change by another thread meanwhile is noticed with the next call.
         looked = look_at([value])
-        one = pickle_names((name,), {}, done)
+        one = pickle_names((name,), {})
         one.looked = looked
-        one.done = None if done is None or done.of_one_pickle or type(done) is States else done
         others = {self._by_id[number] for number in one.held if number in self._by_id}
         one.refs |= others - {name}
         for number in self._by_id.keys() & one.held.keys():
@@ -260,10 +249,7 @@ class Walk:
         there = all(pickled[name].there for name in group)
         if len(group) > 1 or seeds:
             looked = one.looked if len(group) == 1 else look_at(values)
-            done = States() if there else Reductions()
-            for name in group:
-                done.update(pickled[name].done or ())
-            one = pickle_names(group, seeds, done)
+            one = pickle_names(group, seeds)
             one.refs |= frozenset(seeds)
             one.looked = looked
         before = table.known.get(first)
@@ -298,7 +284,6 @@ class Walk:
                 one.attributes,
                 plain_function(values[0]) if len(group) == 1 else None,
                 looked.failed,
-                looked.by_state,
                 looked.is_large,
             )
         )
