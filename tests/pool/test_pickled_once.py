@@ -22,7 +22,6 @@ from support_programs import run_program
 
 from safepool.pool.calls.mapping import MapRun
 from safepool.pool.calls.pickling import Pickling
-from safepool.pool.calls.tasks import PoolFuture, Task
 from safepool.pool.core.policy import Policy
 from safepool.transport import payloads
 from safepool.transport.reductions import Reductions
@@ -442,20 +441,3 @@ def test_the_search_in_an_item_does_not_ask_the_function_again() -> None:
 
     assert counted.take_calls() == ["Reduced1.__reduce__", "Refusing0.__reduce__"]
     assert "item 0 of argument 0" in raised.value.__notes__[0]
-
-
-def test_a_call_that_is_pickled_during_an_import_is_asked_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By the thread that imports, and not again where that failed."""
-    monkeypatch.setattr("safepool.pool.calls.pickling.imports_here", lambda: True)
-    task = Task(PoolFuture(), (len, (counted.Reduced(1), counted.Failing()), {}), "len", Policy())
-    pickling = Pickling(None)
-    counted.take_calls()
-
-    pickling.task_now(task)
-    with pytest.raises(ZeroDivisionError, match="not for others"):
-        pickling.task(task)
-
-    assert counted.take_calls() == ["Reduced1.__reduce__", "Failing0.__reduce__"]
-    assert task.reductions is None

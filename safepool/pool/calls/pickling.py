@@ -76,16 +76,13 @@ class Pickling:
         may wait for the call before the import ends.
         """
         if imports_here() and not _is_name_in_main(task.name):
-            done = Reductions()
             try:
                 with Met() as met:
-                    pickled = payloads.dumps_to_send(task.call, into_main=True, reductions=done)
+                    pickled = payloads.dumps_to_send(task.call, into_main=True)
                 if not (met.names or references.known()):
                     task.pickled = Pickled(None, pickled, (), ())
             except Exception:  # noqa: BLE001 -- user code; tried again, and told, in its turn
                 pass
-            if task.pickled is None and not done.of_one_pickle:
-                task.reductions = done
 
     def function_now(self, run: MapRun) -> None:
         """Pickle the function of a run, as :meth:`task_now`."""
@@ -142,7 +139,7 @@ class Pickling:
         call, task.call = task.call, None  # dropped here: a finalizer may wait as well
         assert call is not None
         function, args, kwargs = call
-        done, task.reductions = task.reductions or Reductions(), None
+        done = Reductions()
         try:
             require_to_pickle(args)
             require_to_pickle(kwargs.values())

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.functions import SentFunction
     from safepool.pool.core.policy import Policy
     from safepool.transport.frames import Buffer, Segment
-    from safepool.transport.reductions import Reductions
     from safepool.transport.sharing import Shared
 
     class Turn(Protocol):
@@ -469,12 +468,9 @@ class Task(Call):
     """A call with a future.
 
     ``call`` is ``None`` once it was sent, so that the pool keeps nothing alive.
-
-    Attributes:
-        reductions: Results of methods for pickling that have run for it.
     """
 
-    __slots__ = ("call", "future", "reductions")
+    __slots__ = ("call", "future")
 
     pickled: Pickled | None
 
@@ -482,7 +478,6 @@ class Task(Call):
         super().__init__(name, policy)
         self.future: PoolFuture = future
         self.call: Parts | None = call
-        self.reductions: Reductions | None = None
 
     def is_wanted(self) -> bool:
         """Whether it was not cancelled. If it was, waiting threads are woken."""
