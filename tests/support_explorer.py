@@ -27,6 +27,7 @@ ended.
 from __future__ import annotations
 
 import hashlib
+import marshal
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -844,7 +845,7 @@ class World:
             self.scenario.is_queue and [names[key] for key in self.order if key in names],
             self.key_of_starts(),
         )  # fmt: skip
-        return hashlib.blake2b(repr(state).encode(), digest_size=16).digest()
+        return hashlib.blake2b(marshal.dumps(state, 0), digest_size=16).digest()
 
     def key_of_starts(self) -> tuple[object, ...]:
         """Return what tells the starts of workers from others; sizes are those of the world."""
