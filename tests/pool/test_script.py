@@ -500,6 +500,34 @@ if __name__ == "__main__":
     assert out.splitlines() == [f"{expected}|{expected}", expected, "run"]
 
 
+# One function inside another object stands for all of these.
+AFTER_A_CALL = [one for one in CHANGES if not one.endswith(tuple(INNER[1:]))]
+
+
+@pytest.mark.parametrize("change", AFTER_A_CALL)
+def test_what_the_program_changes_after_a_call_reaches_the_workers(
+    change: str, tmp_path: Path
+) -> None:
+    deed, look, expected = CHANGES[change]
+    program = f"""{BEFORE}
+def inner():
+    return {look}
+def outer(x):
+    return str(inner())
+def main():
+    pool = safepool.ProcessPool(1)
+    pool.submit(outer, 1).exception()
+    {deed}
+    print(pool.submit(outer, 1).result(), *pool.map(outer, [1]), sep="|")
+    pool.shutdown()
+if __name__ == "__main__":
+    main()
+"""
+    out, _ = run(program, tmp_path)
+
+    assert out == f"{expected}|{expected}\n"
+
+
 def test_a_class_is_the_same_whichever_way_it_comes(tmp_path: Path) -> None:
     """By name, as an instance, in a closure, in an exception, with an attribute that was set."""
     program = """
