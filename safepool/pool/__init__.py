@@ -65,7 +65,8 @@ Differences from a forked pool:
       changes belongs to its worker.
     * Context variables and ``threading.local``. Workers have the values that a guarded script sets
       at its top level, as with the standard pool's ``forkserver``. Values that are set below the
-      guard stay in the program; with ``"fork"``, workers have those of the moment of their fork.
+      guard stay in the program. With ``"fork"``, workers have the context variables of the moment
+      at which the pool was made.
     * Random numbers. Each worker has random numbers of its own, those of ``np.random`` included;
       the program's ``np.random.seed()`` does not reach workers. A generator that is a global of
       the script (``rng = np.random.default_rng(1)``) is copied to each worker, as by a fork: its

@@ -127,61 +127,73 @@ def _from_space(name: str) -> Any:
         raise AttributeError(f"__main__ has no {name!r}") from None
 
 
-def attributes_of(thing: Any, path: str = "") -> dict[str, Any]:
+def attributes_of(thing: Any) -> dict[str, Any]:
     """Return the attributes that the program has set on a function or class, by their paths.
-
-    Args:
-        thing: A function or class, or what wraps one.
-        path: Its path in the script; its qualified name if not given.
 
     Returns:
         Values that were set on it at any time, and on the functions and classes in it. Attributes
         of the definition itself are left out: functions, classes and descriptors under their own
         names, members of enumerations, and the interpreter's entries.
     """
-    path = path or attribute_of(thing, "__qualname__")
-    found = {}
+    name = attribute_of(thing, "__qualname__")
+    return dict(_attributes_on(thing, name, name, set()))
+
+
+def _attributes_on(thing: Any, path: str, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield attributes, with their paths, of a function or class.
+
+    Args:
+        thing: A function or class.
+        path: Where it is found.
+        name: Its qualified name, which is also that of the function around which it is a wrapper.
+        seen: By ``id()``, objects that were looked into.
+    """
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
     space = space_of(thing)
     members = _members_of(thing)
     known = _OF_INTERPRETER | _OF_DISPATCH if "registry" in space else _OF_INTERPRETER
-    for name, value in [*space.items()]:
-        if name in known or (name[:2] == "__" == name[-2:]):
+    for attribute, value in [*space.items()]:
+        if attribute in known or (attribute[:2] == "__" == attribute[-2:]):
             continue
         # A member that is sent is looked up in the worker's class: its attributes do not travel.
-        if members is not None and (name in members or _is_of_enumeration(name, value)):
+        if members is not None and (attribute in members or _is_of_enumeration(attribute, value)):
             continue
-        where = f"{path}.{name}"
-        if _qualname_in(value) != where:
-            found[where] = value
+        where, own = f"{path}.{attribute}", f"{name}.{attribute}"
+        if _qualname_in(value) != own:
+            yield where, value
         elif issubclass(type(value), (type, types.FunctionType)):
-            found |= attributes_of(value, where)
-        else:
-            found |= _attributes_in(value, where)
-    if type(thing) is types.FunctionType and "__wrapped__" in space:
-        found |= _attributes_in(thing, path)
-    return found
+            yield from _attributes_on(value, where, own, seen)
+        elif all(part.__qualname__ == own for part in _functions_in(value).values()):
+            yield from _attributes_in(value, where, own, seen)
+        else:  # another setter, say
+            yield where, value
+    for part, one in _functions_in(thing).items():
+        if one.__qualname__ == name:
+            yield from _attributes_on(one, f"{path}.{part}", name, seen)
 
 
-def _attributes_in(wrapper: Any, path: str) -> dict[str, Any]:
-    """Return the same of an object that stands for functions, and of these functions."""
-    found: dict[str, Any] = {}
-    parts = parts_of(wrapper)
-    functions = {n: one for n, one in parts.items() if type(one) is types.FunctionType}
-    if any(one.__qualname__ != path for one in functions.values()):
-        return {path: wrapper}  # another setter, say
-    for name, one in functions.items():
-        found |= attributes_of(one, f"{path}.{name}")
-    if type(wrapper) is not types.FunctionType:
-        # The others are as in the function, and as functools needs them.
-        known = {id(value) for one in functions.values() for value in vars(one).values()}
-        for name, value in [*space_of(wrapper).items()]:
-            if not (
-                name in parts or name in _OF_WRAPPERS or name[:1] == "_" or id(value) in known
-            ):
-                found[f"{path}.{name}"] = value
-    return found
+def _attributes_in(
+    wrapper: Any, path: str, name: str, seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the same of an object that stands for functions, and of these functions."""
+    functions = _functions_in(wrapper)
+    for part, one in functions.items():
+        yield from _attributes_on(one, f"{path}.{part}", name, seen)
+    needed = {*parts_of(wrapper), *_OF_WRAPPERS}
+    for attribute, value in [*space_of(wrapper).items()]:
+        is_of_function = any(vars(one).get(attribute) is value for one in functions.values())
+        if not (attribute in needed or attribute[:1] == "_" or is_of_function):
+            yield f"{path}.{attribute}", value
 
 
+def _functions_in(wrapper: Any) -> dict[str, types.FunctionType]:
+    found = parts_of(wrapper)
+    return {name: one for name, one in found.items() if type(one) is types.FunctionType}
+
+
+# As functools needs them.
 _OF_WRAPPERS = frozenset({"attrname", "lock", "cache_parameters"})
 
 

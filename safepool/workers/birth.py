@@ -34,8 +34,8 @@ assert sys.platform == "linux"
 def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     """Run as a worker until the pool sends a stop; return the exit code.
 
-    The details are :func:`circumstances`, and the pool's own entries. ``line`` is the reading end
-    of the life-line, ``own`` what else this worker gets.
+    The details are ``launch._circumstances``, and the pool's own entries. ``line`` is the reading
+    end of the life-line, ``own`` what else this worker gets.
     """
     folder, out, err, tracker, channel, *more = own
     board = more.pop(0) if details["board"] else None

@@ -25,7 +25,7 @@ from safepool.transport import payloads
 from safepool.transport.frames import Buffer, Kind, encode
 from safepool.transport.marks import PLAIN
 from safepool.transport.names import Met
-from safepool.workers.settings_table import SETTINGS, Setting, filters_of
+from safepool.workers.settings_table import SETTINGS, Setting, filters_of, with_script
 
 _FILTERS = "warnings.filters"
 _added: dict[str, Setting] = {}
@@ -248,7 +248,9 @@ class WorkerSettings:
             if packed.write is not None:
                 self._read(packed.write)(module, values[0])
             elif row is not None:
-                value = self._filters(packed, values) if row.name == _FILTERS else values[0]
+                value = values[0]
+                if row.name == _FILTERS:
+                    value = with_script(self._filters(packed, values))
                 if row.read(module) != value:
                     row.write(module, value)
         except _NotThereError as error:

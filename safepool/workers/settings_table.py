@@ -25,7 +25,7 @@ import functools
 import logging
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from safepool.threads.imports import is_importing
@@ -123,7 +123,7 @@ def _write_filters(warnings: Any, value: list[Any]) -> None:
     # The call also informs the C code.
     warnings.resetwarnings()
     ours = filters_of(warnings)
-    ours[:] = [*_with_script(value)]
+    ours[:] = value
     for name in ("filterwarnings", "simplefilter"):
         function = getattr(warnings, name)
         setattr(
@@ -131,17 +131,19 @@ def _write_filters(warnings: Any, value: list[Any]) -> None:
         )
 
 
-def _with_script(filters: list[Any]) -> Iterator[Any]:
-    """Yield filters, and each one for the module ``__main__`` also for a worker's ``__mp_main__``.
+def with_script(filters: list[Any]) -> list[Any]:
+    """Return filters, those for the module ``__main__`` also for ``__mp_main__`` of a worker.
 
     A module is given as an expression, or as text that it must equal.
     """
+    found = []
     for one in filters:
-        yield one
+        found.append(one)
         module = one[3]
         of_main = module == "__main__" if type(module) is str else _is_of_main(module)
-        if of_main:
-            yield (*one[:3], "__mp_main__", one[4])
+        if of_main and (ours := (*one[:3], "__mp_main__", one[4])) not in filters:
+            found.append(ours)
+    return found
 
 
 def _is_of_main(module: Any) -> bool:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,8 +17,6 @@ from support_dask import NODE_A, NODE_B, WITH_DASK, another_host, dask_cluster
 from support_processes import wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from support_dask import DaskCluster, Host
 
 # ruff: noqa: E501 -- programs
@@ -215,6 +214,7 @@ def test_two_hosts_of_which_one_is_cut_off(tmp_path: Path) -> None:
 LOCAL = """
 import asyncio, json, sys, time
 import numpy as np
+import support_inside as inside
 from distributed import Client, LocalCluster
 from distributed.security import Security
 from safepool.cluster import ClusterPool
@@ -288,7 +288,7 @@ def _of_its_own(folder: Path, start: str) -> dict[str, Any]:
     """Run LOCAL; return what it told."""
     (folder / "program.py").write_text(LOCAL)
     command = [sys.executable, "-W", "ignore", "program.py", start]
-    env = {**os.environ, "TMPDIR": str(folder)}
+    env = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder, env=env
     )

@@ -389,6 +389,9 @@ class Config:
     partial = functools.partialmethod(part, x=1)
     @wrapped
     def outside(self): return "own"
+    @property
+    @wrapped
+    def decorated(self): return "own"
     @functools.lru_cache
     def remembered(self): return "own"
     @functools.singledispatchmethod
@@ -397,6 +400,13 @@ def work(x):
     return x
 @wrapped
 def around(x):
+    return x
+@wrapped
+@wrapped
+def twice(x):
+    return x
+@functools.lru_cache
+def remembered(x):
     return x
 @functools.singledispatch
 def show(x):
@@ -414,11 +424,16 @@ INNER = [
     "vars(Config)['partial'].func",
     "Config.outside",
     "Config.outside.__wrapped__",
+    "Config.decorated.fget",
+    "Config.decorated.fget.__wrapped__",
     "Config.remembered",
     "Config.remembered.__wrapped__",
     "vars(Config)['shown'].func",
     "around",
     "around.__wrapped__",
+    "twice.__wrapped__",
+    "twice.__wrapped__.__wrapped__",
+    "remembered.__wrapped__",
     "show",
 ]
 CHANGES: dict[str, tuple[str, str, str]] = {
@@ -526,6 +541,72 @@ if __name__ == "__main__":
     out, _ = run(program, tmp_path)
 
     assert out == f"{expected}|{expected}\n"
+
+
+def test_a_class_stays_the_same_if_the_program_sets_an_attribute_after_a_call(
+    tmp_path: Path,
+) -> None:
+    """Objects that the script has made in the worker are still of it."""
+    program = """
+    class Config:
+        @classmethod
+        def make(cls): return cls()
+        def method(self): pass
+    made = Config.make()
+    def look(): return isinstance(made, Config), vars(Config).get("new")
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(look).result())
+            Config.new = 1
+            print(pool.submit(look).result())
+            Config.method.new = Config.make.__func__.new = 1
+            print(pool.submit(look).result())
+            Config.new = 2
+            print(pool.submit(look).result())
+            del Config.new
+            print(pool.submit(look).result()[1])
+    """
+    out, _ = run(program, tmp_path)
+
+    told = ["(True, None)", "(True, 1)", "(True, 1)", "(True, 2)", "None"]
+    assert out.splitlines() == told
+
+
+def test_what_a_decorator_keeps_is_not_pickled_with_each_call(tmp_path: Path) -> None:
+    """No function below a decorator is taken for one that the program has set."""
+    program = """
+    import functools
+    class Kept:
+        def __reduce__(self):
+            print("pickled")
+            return Kept, ()
+    def keeping(function):
+        kept = Kept()
+        @functools.wraps(function)
+        def around(*args):
+            return function(*args) if kept else None
+        return around
+    class Config:
+        @staticmethod
+        @keeping
+        def static(): return 1
+        @property
+        @keeping
+        def value(self): return 2
+        @classmethod
+        @keeping
+        def of_class(cls): return 3
+    @keeping
+    @keeping
+    def twice(): return 4
+    def look(): return Config.static(), Config().value, Config.of_class(), twice()
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            print(*(pool.submit(look).result() for _ in range(2)))
+    """
+    out, _ = run(program, tmp_path)
+
+    assert out == "(1, 2, 3, 4) (1, 2, 3, 4)\n"
 
 
 def test_a_class_is_the_same_whichever_way_it_comes(tmp_path: Path) -> None:

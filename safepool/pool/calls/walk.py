@@ -195,11 +195,16 @@ class Walk:
     def _own(self, name: str) -> Pickled | None:
         """Return a function or class that workers have from their own run, by name."""
         main, value = self._table.main, value_of(name)
-        if not main or name in self._table.known or not is_definition(value):
+        if not main or not is_definition(value):
             return None
         if attribute_of(value, "__qualname__") != name or not main.has(value):
             return None
-        attributes = frozenset(attributes_of(value))
+        attributes, known = frozenset(attributes_of(value)), self._table.known.get(name)
+        # A new attribute is delivered by its path. One that is gone stays in the worker's.
+        if known is not None and (
+            known.delivery.segments or not (known.attributes or frozenset()) <= attributes
+        ):
+            return None
         uses = uses_of(value) | attributes
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
