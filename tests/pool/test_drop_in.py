@@ -661,6 +661,7 @@ def level() -> int:
     return _level.get()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_workers_have_the_values_of_context_variables() -> None:
     """Those of the program's thread: another one may fork."""
     context = multiprocessing.get_context("fork")
