@@ -131,14 +131,20 @@ def _write_filters(warnings: Any, value: list[Any]) -> None:
         )
 
 
+_OF_PYTHON = ("default", None, DeprecationWarning, "__main__", 0)
+
+
 def with_script(filters: list[Any]) -> list[Any]:
     """Return filters, those for the module ``__main__`` also for ``__mp_main__`` of a worker.
 
-    A module is given as an expression, or as text that it must equal.
+    A module is given as an expression, or as text that it must equal. Python's own filter for it
+    is left as it is in a fresh interpreter.
     """
     found = []
     for one in filters:
         found.append(one)
+        if one == _OF_PYTHON:
+            continue
         module = one[3]
         of_main = module == "__main__" if type(module) is str else _is_of_main(module)
         if of_main and (ours := (*one[:3], "__mp_main__", one[4])) not in filters:
