@@ -7,6 +7,7 @@ it with its last descriptor. The pool's end never blocks; the worker's end alway
 from __future__ import annotations
 
 import itertools
+import select
 import socket
 import sys
 from collections import deque
@@ -30,6 +31,11 @@ _ROUNDS = 64
 NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 # For one send on a socket that waits otherwise. Windows has no such flag.
 _DO_NOT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+# Linux also wakes a thread that waits in recv() when the other end has read something, because
+# there is room for more then. poll() sleeps on. One system call is cheaper than one wake-up.
+# (Source: Linux, net/unix/af_unix.c, unix_write_space; fs/select.c, pollwake.)
+_poll: Any = getattr(select, "poll", None) if sys.platform == "linux" else None
+_POLLIN: int = getattr(select, "POLLIN", 0)
 
 
 class ChannelClosedError(Exception):
@@ -53,6 +59,8 @@ class Channel:
         self._side = side
         waits = sock.getblocking()
         self._waits = waits
+        # Returns when there is something to read; at once if a read would not wait.
+        self._await: Callable[[], object] = _awaiting(sock) if waits else bool
         # Out of memory, a worker may be ended instead.
         self._reader = FrameReader(self._fetch, None if waits else require)
         self._unsent: deque[memoryview] = deque()
@@ -175,6 +183,7 @@ class Channel:
         if self._fed or not self._reader.is_empty:
             return b""
         try:
+            self._await()
             data = self._sock.recv(_RAW_BYTES)
         except OSError as error:
             raise ChannelClosedError from error
@@ -201,6 +210,7 @@ class Channel:
             buffer = self._reader.buffer()
             room = len(buffer)
             try:
+                self._await()
                 count = self._sock.recv_into(buffer)
             except BlockingIOError:
                 return
@@ -260,6 +270,16 @@ class Channel:
                 if error.errno not in REFUSALS:
                     raise
                 return self._sock.send(pieces[0], NO_SIGPIPE | flags)
+
+
+def _awaiting(sock: socket.socket) -> Callable[[], object]:
+    """Return a function that waits until there is something to read, or the other end is gone."""
+    if _poll is None:
+        return bool
+    arrival = _poll()
+    arrival.register(sock, _POLLIN)
+    wait: Callable[[], object] = arrival.poll
+    return wait
 
 
 def size_of(segment: Segment) -> int:

@@ -133,6 +133,20 @@ def test_calls_of_a_map_share_their_switches() -> None:
     assert min(there for _, there in counts) < CALLS
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere recv() waits for data alone")
+def test_a_worker_wakes_up_once_for_each_call() -> None:
+    """It sleeps on when the program reads its answer, which wakes a thread in recv()."""
+
+    def call_again() -> int:
+        before: int = pool.submit(switches).result()
+        for number in range(CALLS):
+            pool.submit(abs, number).result()
+        return pool.submit(switches).result() - before
+
+    with safepool.ProcessPool(1) as pool:
+        assert min(call_again() for _ in range(5)) < 1.25 * CALLS
+
+
 def switches() -> int:
     """How often this process has given its CPU away to wait for something."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
