@@ -59,7 +59,7 @@ class Channel:
         self._side = side
         waits = sock.getblocking()
         self._waits = waits
-        # Returns when there is something to read; at once if a read would not wait.
+        # Returns when the first bytes of a frame are there. Within a frame recv() itself may wait.
         self._await: Callable[[], object] = _awaiting(sock) if waits else bool
         # Out of memory, a worker may be ended instead.
         self._reader = FrameReader(self._fetch, None if waits else require)
@@ -210,7 +210,6 @@ class Channel:
             buffer = self._reader.buffer()
             room = len(buffer)
             try:
-                self._await()
                 count = self._sock.recv_into(buffer)
             except BlockingIOError:
                 return
