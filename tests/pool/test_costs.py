@@ -10,13 +10,17 @@ import sys
 import time
 import tracemalloc
 import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import support_born
 from support_processes import wait_until
 
 import safepool
+from safepool.pool.shell.staff import Staff
+
+if TYPE_CHECKING:
+    from safepool.pool.shell.worker import Worker
 
 resource = pytest.importorskip("resource", reason="Windows has none")
 
@@ -145,6 +149,25 @@ def test_a_worker_wakes_up_once_for_each_call() -> None:
 
     with safepool.ProcessPool(1) as pool:
         assert min(call_again() for _ in range(5)) < 1.25 * CALLS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lanes need eventfd(2) and the board")
+def test_a_call_finds_a_lane_as_soon_as_another_thread_may_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scheduler's system call, which makes lanes callers' own, lets the next call come."""
+    found: list[bool] = []
+    look_away = Staff.look_away
+
+    def seen(staff: Staff, worker: Worker) -> None:
+        found.append(bool(pool._scheduler._turns.idle))
+        look_away(staff, worker)
+
+    monkeypatch.setattr(Staff, "look_away", seen)
+    with safepool.ProcessPool(1) as pool:
+        while not found:
+            pool.submit(abs, -1).result()
+    assert found[0]
 
 
 def switches() -> int:

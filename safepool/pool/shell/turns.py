@@ -579,14 +579,17 @@ class Turns:
         if not (watched or self._make_bells(len(idle))):
             return False
         for worker in idle:
-            if not watched:
-                staff.look_away(worker)
             worker.lane = lane = _Lane(self, worker, watched=watched)
             self.lanes.append(lane)
         if watched:
             self._watched = {lane.fileno: lane for lane in self.lanes}
         # The last is taken first: the worker that the scheduler would take, too.
         self.idle.extend(lane.turn for lane in reversed(self.lanes))
+        if not watched:
+            # After that: a system call lets another thread run, such as the caller of the call
+            # that has just ended. Its next call finds a turn.
+            for worker in idle:
+                staff.look_away(worker)
         return bool(idle)
 
     def _make_bells(self, count: int) -> bool:
