@@ -51,6 +51,10 @@ _SET_ONCE = frozenset({"__slots__", "_fields_"})
 _OF_A_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_"})
 _ATTRIBUTES_OF_MEMBERS = "<members>"
 _REGISTERED_WITH = "<registered>"
+_NAMES = "<names>"
+
+# Names of the attributes that classes have arrived with.
+_arrived_with: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
@@ -95,8 +99,10 @@ def _attributes_of(kind: type) -> dict[str, Any]:
     if isinstance(kind, abc.ABCMeta) and found.pop("_abc_impl", None) is not None:
         found["_abc_impl"] = _registered(kind)
     # Not for one of a function, which is sent with each call: it takes as long as all the rest.
-    if find_in_main(kind.__qualname__) is kind and (abstract := _registered_with(kind)):
-        found[_REGISTERED_WITH] = abstract
+    if find_in_main(kind.__qualname__) is kind:
+        if abstract := _registered_with(kind):
+            found[_REGISTERED_WITH] = abstract
+        found[_NAMES] = (*found,)
     if "_fields_" in found:  # of ctypes: it reads the others
         found["_fields_"] = found.pop("_fields_")
     return found
@@ -305,6 +311,10 @@ def fill_class(kind: type, attributes: dict[str, Any]) -> None:
         elif name == _REGISTERED_WITH:
             for abstract in value:
                 abc.ABCMeta.register(abstract, kind)
+        elif name == _NAMES:
+            for gone in {*_arrived_with.get(kind, ())} - {*value} & vars(kind).keys():
+                type.__delattr__(kind, gone)
+            _arrived_with[kind] = value
         elif name == _ATTRIBUTES_OF_MEMBERS:
             for member, own in value.items():
                 vars(kind.__members__[member]).update(own)  # type: ignore[attr-defined]

@@ -8,11 +8,12 @@ defined below the guard, redefined at a prompt, or without a namespace.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from safepool.transport.fingerprints import ABSENT, UNKNOWN, fingerprint
-from safepool.transport.marks import find_in_main, is_mark_of
+from safepool.transport.marks import find_in_main, functions_in, is_mark_of
 
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
@@ -101,3 +102,14 @@ class MainNames:
             return False
         self._same[name] = thing
         return True
+
+    def has_at(self, path: str, thing: Any) -> bool:
+        """Tell whether a function, class or descriptor is there; ``True`` for want of a mark."""
+        mark = (self._marks or {}).get(path)
+        is_one = issubclass(type(thing), (type, types.FunctionType))
+        found = [thing] if is_one else functions_in(thing).values()
+        return mark is None or any(is_mark_of(mark, one) for one in found)
+
+    def inside(self, name: str) -> list[str]:
+        """Return the paths of functions and classes that are there in one of this name."""
+        return [path for path in self._marks or () if path.startswith(f"{name}.")]

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
 """The names under which the program's ``__main__`` is known in this process or another one."""
 
+
+class Absent:
+    """Stands for an object that is not there. It travels as its name."""
+
+
 LRU_CACHE = type(functools.lru_cache(lambda: None))
 """Type of what ``functools.lru_cache`` returns."""
 
@@ -128,19 +133,20 @@ def _from_space(name: str) -> Any:
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
-    """Return the attributes that the program has set on a function or class, by their paths.
+    """Return the attributes of a function or class, and of those in it, by their paths.
+
+    Members of enumerations and entries of the interpreter are left out.
 
     Returns:
-        Values that were set on it at any time, and on the functions and classes in it. Attributes
-        of the definition itself are left out: functions, classes and descriptors under their own
-        names, members of enumerations, and the interpreter's entries.
+        Functions, classes and descriptors that have the path for their own name. ``None`` for all
+        others: what the program has set at any time.
     """
     name = attribute_of(thing, "__qualname__")
     return dict(_attributes_on(thing, name, name, set()))
 
 
 def _attributes_on(thing: Any, path: str, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield attributes, with their paths, of a function or class.
+    """Yield what :func:`attributes_of` returns.
 
     Args:
         thing: A function or class.
@@ -155,21 +161,27 @@ def _attributes_on(thing: Any, path: str, name: str, seen: set[int]) -> Iterator
     members = _members_of(thing)
     known = _OF_INTERPRETER | _OF_DISPATCH if "registry" in space else _OF_INTERPRETER
     for attribute, value in [*space.items()]:
-        if attribute in known or (attribute[:2] == "__" == attribute[-2:]):
+        if attribute in known or (
+            # Of the interpreter's names those that are bound to code.
+            attribute[:2] == "__" == attribute[-2:]
+            and (members is not None or type(value) not in _CODE)
+        ):
             continue
         # A member that is sent is looked up in the worker's class: its attributes do not travel.
         if members is not None and (attribute in members or _is_of_enumeration(attribute, value)):
             continue
         where, own = f"{path}.{attribute}", f"{name}.{attribute}"
         if _qualname_in(value) != own:
-            yield where, value
+            yield where, None
         elif issubclass(type(value), (type, types.FunctionType)):
+            yield where, value
             yield from _attributes_on(value, where, own, seen)
-        elif all(part.__qualname__ == own for part in _functions_in(value).values()):
+        elif all(part.__qualname__ == own for part in functions_in(value).values()):
+            yield where, value
             yield from _attributes_in(value, where, own, seen)
         else:  # another setter, say
-            yield where, value
-    for part, one in _functions_in(thing).items():
+            yield where, None
+    for part, one in functions_in(thing).items():
         if one.__qualname__ == name:
             yield from _attributes_on(one, f"{path}.{part}", name, seen)
 
@@ -178,20 +190,23 @@ def _attributes_in(
     wrapper: Any, path: str, name: str, seen: set[int]
 ) -> Iterator[tuple[str, Any]]:
     """Yield the same of an object that stands for functions, and of these functions."""
-    functions = _functions_in(wrapper)
+    functions = functions_in(wrapper)
     for part, one in functions.items():
         yield from _attributes_on(one, f"{path}.{part}", name, seen)
     needed = {*parts_of(wrapper), *_OF_WRAPPERS}
     for attribute, value in [*space_of(wrapper).items()]:
         is_of_function = any(vars(one).get(attribute) is value for one in functions.values())
         if not (attribute in needed or attribute[:1] == "_" or is_of_function):
-            yield f"{path}.{attribute}", value
+            yield f"{path}.{attribute}", None
 
 
-def _functions_in(wrapper: Any) -> dict[str, types.FunctionType]:
+def functions_in(wrapper: Any) -> dict[str, types.FunctionType]:
+    """Return by name the functions that an object stands for, or that a function is around."""
     found = parts_of(wrapper)
     return {name: one for name, one in found.items() if type(one) is types.FunctionType}
 
+
+_CODE = frozenset({types.FunctionType, classmethod, staticmethod, property})
 
 # As functools needs them.
 _OF_WRAPPERS = frozenset({"attrname", "lock", "cache_parameters"})
@@ -384,10 +399,13 @@ def mark_of(thing: Any) -> bytes:
 def is_mark_of(mark: bytes, thing: Any) -> bool:
     """Return whether a function or class has a mark from another process.
 
-    Functions of the class that have been replaced since count for nothing.
+    Functions of a class may have been replaced since, but not all of them.
     """
     mine = mark_of(thing)
-    return mine == mark or (isinstance(thing, type) and {*mine.split(b",")} <= {*mark.split(b",")})
+    if not isinstance(thing, type):
+        return mine == mark
+    own, theirs = {*mine.split(b",")}, {*mark.split(b",")}
+    return own <= theirs or bool(own & theirs - {b"class", b"0"})
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:

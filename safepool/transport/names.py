@@ -119,7 +119,7 @@ class Met:
             path = root = next(others, "")
             if not root:
                 return None
-        if root in self.own:
+        if root in self.own or path in self.own:
             return None
         self.refs.add(root)
         return path

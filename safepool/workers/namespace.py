@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 from safepool.transport.additions import Addition, add
-from safepool.transport.marks import find_attribute, main_space
+from safepool.transport.marks import Absent, find_attribute, main_space, space_of
 from safepool.transport.names import of_script
 from safepool.transport.payloads import loads
 
@@ -115,11 +115,20 @@ def _bound_to(name: str) -> Any:
 def _bind(name: str, value: Any) -> None:
     """Bind a value to a name, or to an attribute of a function or class of the script."""
     holder, _, attribute = name.rpartition(".")
-    if holder:
+    if value is Absent:
+        _unbind(find_attribute(holder), attribute)
+    elif holder:
         found = find_attribute(holder) or (of_script(holder),)
         setattr(found[0], attribute, value)
     else:
         main_space()[name] = value
+
+
+def _unbind(holders: tuple[Any, ...], name: str) -> None:
+    if not holders:
+        main_space().pop(name, None)
+    elif name in space_of(holders[0]):
+        delattr(holders[0], name)
 
 
 def _fill(container: Any, content: Any) -> None:

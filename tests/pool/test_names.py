@@ -141,6 +141,29 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(common); ask(common)",
         [1, 2],
     ),
+    "what the program deletes": (
+        """
+        class Config:
+            debug = True
+            def method(self):
+                return 1
+        made, flag = Config(), 1
+        def look():
+            return [*map(vars(Config).__contains__, ("debug", "method"))], isinstance(made, Config)
+        def ask_for_flag():
+            return flag
+        def delete():
+            global flag
+            del Config.debug, Config.method, flag
+        def is_there():
+            try:
+                return bool(ask_for_flag())
+            except NameError:
+                return False
+        """,
+        "ask(look); ask(is_there); delete(); ask(look); ask(is_there)",
+        [([True, True], True), True, ([False, False], True), False],
+    ),
     "a default that is a global": (
         """
         memo = {}

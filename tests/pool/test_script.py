@@ -396,6 +396,7 @@ class Config:
     def remembered(self): return "own"
     @functools.singledispatchmethod
     def shown(self, x): return "own"
+made = Config()
 def work(x):
     return x
 @wrapped
@@ -453,6 +454,19 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     ),
     **{f"an attribute of {one}": (f"{one}.mark = [4]", f"{one}.mark", "[4]") for one in INNER},
     "a method": ("Config.method = lambda self: 'new'", "Config().method()", "new"),
+    "a method that Python calls": ("Config.__len__ = lambda self: 7", "len(Config())", "7"),
+    "a method around it": (
+        "Config.method = functools.wraps(Config.method)(lambda self: 'new')",
+        "Config().method()",
+        "new",
+    ),
+    "a method that is deleted": ("del Config.method", "hasattr(Config, 'method')", "False"),
+    "a method that is set again": (
+        "own = Config.method; del Config.method; Config.method = own",
+        "Config().method()",
+        "own",
+    ),
+    "a class in a class that is deleted": ("del Config.Inner", "hasattr(Config, 'Inner')", "False"),
     "a static method": ("Config.static = staticmethod(lambda: 'new')", "Config.static()", "new"),
     "a class method": (
         "Config.of_class = classmethod(lambda cls: 'new')",
@@ -500,6 +514,7 @@ def test_the_program_s_present_values_are_those_of_the_workers(
 def inner():
     return {look}
 def outer(x):
+    assert isinstance(made, Config), "the class is another one"
     return str(inner())
 def main():
     {deed}
@@ -516,18 +531,26 @@ if __name__ == "__main__":
 
 
 # One function inside another object stands for all of these.
-AFTER_A_CALL = [one for one in CHANGES if not one.endswith(tuple(INNER[1:]))]
+AFTER_A_CALL = {one: row for one, row in CHANGES.items() if not one.endswith(tuple(INNER[1:]))} | {
+    "an attribute that is deleted": ("del Config.debug", "hasattr(Config, 'debug')", "False"),
+    "a global that is deleted": (
+        "global DATA; del DATA",
+        "[name for name in [lambda: DATA][0].__code__.co_names if name in globals()]",
+        "[]",
+    ),
+}
 
 
 @pytest.mark.parametrize("change", AFTER_A_CALL)
 def test_what_the_program_changes_after_a_call_reaches_the_workers(
     change: str, tmp_path: Path
 ) -> None:
-    deed, look, expected = CHANGES[change]
+    deed, look, expected = AFTER_A_CALL[change]
     program = f"""{BEFORE}
 def inner():
     return {look}
 def outer(x):
+    assert isinstance(made, Config), "the class is another one"
     return str(inner())
 def main():
     pool = safepool.ProcessPool(1)
@@ -563,12 +586,12 @@ def test_a_class_stays_the_same_if_the_program_sets_an_attribute_after_a_call(
             print(pool.submit(look).result())
             Config.new = 2
             print(pool.submit(look).result())
-            del Config.new
-            print(pool.submit(look).result()[1])
+            del Config.new, Config.method.new
+            print(pool.submit(look).result())
     """
     out, _ = run(program, tmp_path)
 
-    told = ["(True, None)", "(True, 1)", "(True, 1)", "(True, 2)", "None"]
+    told = ["(True, None)", "(True, 1)", "(True, 1)", "(True, 2)", "(True, None)"]
     assert out.splitlines() == told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from dataclasses import dataclass
 from types import FunctionType
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.deliveries import Delivery
 
+BY_CONTENT = object()
+"""Stands for a value of which identity does not tell whether it has changed."""
+
 # More time than this, of the program, to find out whether data has changed is worth a word.
 _MUCH_S = 1.0
 
@@ -31,9 +35,8 @@ class Known:
     Attributes:
         doubts: Print of the objects that may have changed in place.
         stamp: The versions of the objects that it refers to.
-        plain: The value, if its identity is enough to compare it.
-        attributes: Paths to the attributes that were set on it, if it is a function or class that
-            workers have.
+        plain: The value, if its identity is enough to compare it; otherwise ``BY_CONTENT``.
+        attributes: ``marks.attributes_of`` it, if it is a function or class that workers have.
         short: The look at a function, if a short one will do.
         pickled_again: ``True`` if only a new pickle shows whether the value has changed.
         is_large: The check takes too long for the scheduler's thread.
@@ -51,7 +54,7 @@ class Known:
     stamp: tuple[int, ...]
     ids: tuple[int, ...]
     plain: object
-    attributes: frozenset[str] | None
+    attributes: Mapping[str, object] | None
     short: PlainFunction | None
     pickled_again: bool
     is_large: bool
@@ -68,7 +71,10 @@ class Known:
             type(value) is FunctionType and not (value.__dict__ or attributes)
         ):
             return True
-        return attributes_of(value).keys() == attributes
+        now = attributes_of(value)
+        return now.keys() == attributes.keys() and all(
+            map(operator.is_, now.values(), attributes.values())
+        )
 
     def is_unchanged(self, *, here: bool = False) -> bool:
         """Return whether the values are still those that were pickled; ``False`` if in doubt."""

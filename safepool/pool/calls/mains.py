@@ -26,6 +26,7 @@ from safepool.transport.marks import (
     LRU_CACHE,
     MAIN_NAMES,
     PLAIN,
+    Absent,
     attribute_of,
     found_in,
     held_by_members,
@@ -42,7 +43,7 @@ _PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
 _BUILT_IN = _PLAIN | {tuple, list, dict, set, frozenset, bytearray, object, type}
 _MOST_PARTS = 100
 _METHODS = (staticmethod, classmethod)
-ABSENT = object()
+ABSENT = Absent
 
 # Attributes of a class that change without the program's doing, or say nothing.
 _OF_CLASSES = frozenset(

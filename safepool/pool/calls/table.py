@@ -10,7 +10,7 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safepool.pool.calls.mains import ABSENT
+from safepool.pool.calls.known import BY_CONTENT
 from safepool.transport.held import absolute, sources_of
 from safepool.transport.marks import main_space
 from safepool.workers.plan import asks_for_name
@@ -188,7 +188,7 @@ class Table:
             return False
         closure.seen_in = self.number
         for known in closure.known:
-            by_identity = known.plain is not ABSENT
+            by_identity = known.plain is not BY_CONTENT
             if not (known.is_still(space) if by_identity else self.is_unchanged(known, here=here)):
                 return False
         return True
@@ -201,7 +201,7 @@ class Table:
 
     def is_unchanged(self, known: Known, *, here: bool = False) -> bool:
         """Return whether names have the values that were pickled; ``False`` if in doubt."""
-        if known.plain is not ABSENT:
+        if known.plain is not BY_CONTENT:
             return known.is_still(main_space())
         refs = known.refs
         return (not refs or known.stamp == self.stamp(refs)) and known.is_unchanged(here=here)

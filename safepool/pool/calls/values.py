@@ -58,7 +58,7 @@ class Pickled:
     by_identity: bool = False
     there: bool = False
     draws: bool = False
-    attributes: frozenset[str] | None = None
+    attributes: Mapping[str, object] | None = None
     looked: Looked | None = None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from safepool.errors import let_handlers_pass, text_of
 from safepool.machine import tell_once
 from safepool.pool.calls.deliveries import Delivery, versions
-from safepool.pool.calls.known import Known
+from safepool.pool.calls.known import BY_CONTENT, Known
 from safepool.pool.calls.mains import (
     ABSENT,
     is_data,
@@ -71,6 +71,8 @@ class Walk:
         self._patience_s = UNASKED_S
         self._pickled: dict[str, Pickled] = {}
         self._by_id: dict[int, str] | None = None
+        # Attributes that workers have and the program has not any more.
+        self._gone: set[str] = set()
         self.reached: dict[str, None] = {}
         self.absent: list[str] = []
         self.missing: dict[str, str] = {}
@@ -84,10 +86,10 @@ class Walk:
             name = todo.pop()
             if name in self.reached or name in self.absent or name in OF_ANY_MODULE:
                 continue
-            if value_of(name) is ABSENT:
+            known = self._table.known.get(name)
+            if known is None and name not in self._gone and value_of(name) is ABSENT:
                 self.absent.append(name)
                 continue
-            known = self._table.known.get(name)
             if known is not None and self._table.is_unchanged(known):
                 self.reached.update(dict.fromkeys(known.names))
                 todo += self._leads_on(name, known)
@@ -183,7 +185,7 @@ class Walk:
         if not self._unasked or runs_no_code(value) or is_data(value):
             return self._there(name) or self._alone(name)
         # An object that waits in there must not delay the call.
-        if slow.get(name, ABSENT) is value:
+        if name in slow and slow[name] is value:
             raise TimeoutError(_TOO_LONG)
         try:
             return within(self._patience_s, lambda: self._there(name) or self._alone(name))
@@ -199,19 +201,30 @@ class Walk:
             return None
         if attribute_of(value, "__qualname__") != name or not main.has(value):
             return None
-        attributes, known = frozenset(attributes_of(value)), self._table.known.get(name)
-        # A new attribute is delivered by its path. One that is gone stays in the worker's.
-        if known is not None and (
-            known.delivery.segments or not (known.attributes or frozenset()) <= attributes
-        ):
+        attributes, known = attributes_of(value), self._table.known.get(name)
+        if known is not None and known.delivery.segments:
             return None
-        uses = uses_of(value) | attributes
+        # Each attribute is delivered by its path, also that it is gone: the class stays the same.
+        before = {} if known is None else known.attributes or {}
+        theirs = before if known is not None else main.inside(name)
+        gone = {one for one in theirs if one not in attributes and value_of(one) is ABSENT}
+        self._gone |= gone
+        delivered = set() if known is None else {path for path in known.uses if "." in path}
+        changed = {
+            path
+            for path, own in attributes.items()
+            if own is None
+            or (before[path] is not own if path in before else not main.has_at(path, own))
+        }
+        uses = uses_of(value).union(gone, delivered, changed)
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
     def _there(self, name: str) -> Pickled | None:
         """Return a name that workers have from their own run; ``None`` if it must be sent."""
         main, value = self._table.main, value_of(name)
-        if not main or name in self._table.known or main.changed({name: value}):
+        if not main or name in self._table.known or value is ABSENT:
+            return None
+        if main.changed({name: value}):
             return None
         try:
             one = self._alone(name)
@@ -285,7 +298,7 @@ class Walk:
                 one.uses,
                 stamp,
                 ids,
-                values[0] if len(group) == 1 and (one.by_identity or looked.plain) else ABSENT,
+                values[0] if len(group) == 1 and (one.by_identity or looked.plain) else BY_CONTENT,
                 one.attributes,
                 plain_function(values[0]) if len(group) == 1 else None,
                 looked.failed,
