@@ -305,23 +305,42 @@ def _reduce_derived(kind: Any) -> tuple[Any, ...] | None:
 def fill_class(kind: type, attributes: dict[str, Any]) -> None:
     """Set the attributes of a class that has been made, without running code of its metaclass."""
     for name, value in attributes.items():
-        if name == "_abc_impl":
-            for registered in value:
-                abc.ABCMeta.register(kind, registered)  # type: ignore[arg-type]
-        elif name == _REGISTERED_WITH:
-            for abstract in value:
-                abc.ABCMeta.register(abstract, kind)
-        elif name == _NAMES:
-            for gone in {*_arrived_with.get(kind, ())} - {*value} & vars(kind).keys():
-                type.__delattr__(kind, gone)
-            _arrived_with[kind] = value
-        elif name == _ATTRIBUTES_OF_MEMBERS:
-            for member, own in value.items():
-                vars(kind.__members__[member]).update(own)  # type: ignore[attr-defined]
+        if name in _FILLED_BY:
+            _FILLED_BY[name](kind, value)
         elif name not in _SET_ONCE or name not in vars(kind):
             _set(kind, name, value)
     if "__firstlineno__" in attributes:  # Python removes it when another one is set
         _set(kind, "__firstlineno__", attributes["__firstlineno__"])
+
+
+def _register(kind: Any, registered: list[type]) -> None:
+    for one in registered:
+        abc.ABCMeta.register(kind, one)
+
+
+def _register_with(kind: type, abstract: list[Any]) -> None:
+    for one in abstract:
+        abc.ABCMeta.register(one, kind)
+
+
+def _fill_members(kind: Any, attributes: dict[str, dict[str, Any]]) -> None:
+    for member, own in attributes.items():
+        vars(kind.__members__[member]).update(own)
+
+
+def _delete_others(kind: type, names: tuple[str, ...]) -> None:
+    """Delete attributes that the class had when it arrived before, and has not any more."""
+    for gone in ({*_arrived_with.get(kind, ())} - {*names}) & vars(kind).keys():
+        type.__delattr__(kind, gone)
+    _arrived_with[kind] = names
+
+
+_FILLED_BY: dict[str, Callable[[Any, Any], None]] = {
+    "_abc_impl": _register,
+    _REGISTERED_WITH: _register_with,
+    _ATTRIBUTES_OF_MEMBERS: _fill_members,
+    _NAMES: _delete_others,
+}
 
 
 def _set(kind: type, name: str, value: object) -> None:

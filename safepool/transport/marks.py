@@ -132,32 +132,57 @@ def _from_space(name: str) -> Any:
         raise AttributeError(f"__main__ has no {name!r}") from None
 
 
-def attributes_of(thing: Any) -> dict[str, Any]:
-    """Return the attributes of a function or class, and of those in it, by their paths.
+class Attributes:
+    """Attributes of a function or class, and of those in it, at one moment.
 
     Members of enumerations and entries of the interpreter are left out.
 
-    Returns:
-        Functions, classes and descriptors that have the path for their own name. ``None`` for all
-        others: what the program has set at any time.
+    Attributes:
+        by_path: Functions, classes and descriptors that have the path for their own name. ``None``
+            for all others: what the program has set at any time.
     """
-    name = attribute_of(thing, "__qualname__")
-    return dict(_attributes_on(thing, name, name, set()))
+
+    __slots__ = ("_empty", "_spaces", "_thing", "by_path")
+
+    def __init__(self, thing: Any) -> None:
+        name = attribute_of(thing, "__qualname__")
+        seen: dict[int, Mapping[str, Any]] = {}
+        self.by_path: dict[str, Any] = dict(_attributes_on(thing, name, name, seen))
+        self._thing = thing
+        self._empty = [space for space in seen.values() if not space]
+        self._spaces = [(space, _look_at(space)) for space in seen.values() if space]
+
+    def are_still(self) -> bool:
+        """Tell whether all are those of that moment; others than definitions may have changed."""
+        if not any(self._empty) and all(_look_at(one) == before for one, before in self._spaces):
+            return True
+        now = Attributes(self._thing)
+        same = now.by_path.keys() == self.by_path.keys() and all(
+            self.by_path[path] is one for path, one in now.by_path.items()
+        )
+        if same:
+            self._empty, self._spaces = now._empty, now._spaces
+        return same
 
 
-def _attributes_on(thing: Any, path: str, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield what :func:`attributes_of` returns.
+def _look_at(space: Mapping[str, Any]) -> tuple[Any, ...]:
+    return *space, *map(id, space.values())
+
+
+def _attributes_on(
+    thing: Any, path: str, name: str, seen: dict[int, Mapping[str, Any]]
+) -> Iterator[tuple[str, Any]]:
+    """Yield paths and what :attr:`Attributes.by_path` has for them.
 
     Args:
         thing: A function or class.
         path: Where it is found.
         name: Its qualified name, which is also that of the function around which it is a wrapper.
-        seen: By ``id()``, objects that were looked into.
+        seen: By ``id()``, the attributes of objects that were looked into.
     """
     if id(thing) in seen:
         return
-    seen.add(id(thing))
-    space = space_of(thing)
+    space = seen[id(thing)] = space_of(thing)
     members = _members_of(thing)
     known = _OF_INTERPRETER | _OF_DISPATCH if "registry" in space else _OF_INTERPRETER
     for attribute, value in [*space.items()]:
@@ -187,14 +212,15 @@ def _attributes_on(thing: Any, path: str, name: str, seen: set[int]) -> Iterator
 
 
 def _attributes_in(
-    wrapper: Any, path: str, name: str, seen: set[int]
+    wrapper: Any, path: str, name: str, seen: dict[int, Mapping[str, Any]]
 ) -> Iterator[tuple[str, Any]]:
     """Yield the same of an object that stands for functions, and of these functions."""
     functions = functions_in(wrapper)
     for part, one in functions.items():
         yield from _attributes_on(one, f"{path}.{part}", name, seen)
     needed = {*parts_of(wrapper), *_OF_WRAPPERS}
-    for attribute, value in [*space_of(wrapper).items()]:
+    space = seen[id(wrapper)] = space_of(wrapper)
+    for attribute, value in [*space.items()]:
         is_of_function = any(vars(one).get(attribute) is value for one in functions.values())
         if not (attribute in needed or attribute[:1] == "_" or is_of_function):
             yield f"{path}.{attribute}", None
@@ -339,15 +365,18 @@ def find_attribute(path: str) -> tuple[Any, ...]:
 
     The search calls no descriptor and no ``__getattr__``.
     """
-    found: Any = None
+    first, *rest = path.split(".")
     here: Mapping[str, Any] = main_space()
-    for part in path.split("."):
+    if first not in here:
+        return ()
+    found = here[first]
+    for part in rest:
+        here = space_of(found)
+        if part not in here and type(found) not in _WITHOUT_CODE:
+            here = parts_of(found)
         if part not in here:
             return ()
         found = here[part]
-        here = space_of(found)
-        if type(found) not in _WITHOUT_CODE:
-            here = {**here, **parts_of(found)}
     return (found,)
 
 

@@ -466,7 +466,7 @@ CHANGES: dict[str, tuple[str, str, str]] = {
         "Config().method()",
         "own",
     ),
-    "a class in a class that is deleted": ("del Config.Inner", "hasattr(Config, 'Inner')", "False"),
+    "an inner class that is deleted": ("del Config.Inner", "hasattr(Config, 'Inner')", "False"),
     "a static method": ("Config.static = staticmethod(lambda: 'new')", "Config.static()", "new"),
     "a class method": (
         "Config.of_class = classmethod(lambda cls: 'new')",

@@ -370,7 +370,7 @@ def test_the_programs_own_copy_stands_for_what_a_module_has_not() -> None:
 def test_what_is_not_there_is_said_or_nothing() -> None:
     assert not marks.is_full(types.CellType())
     assert not marks.is_of_main(types.SimpleNamespace(__module__=[]))
-    assert marks.attributes_of(object()) == {}
+    assert marks.Attributes(object()).by_path == {}
     with pytest.raises(AttributeError, match="no_such"):
         marks._from_space("no_such")
     with pytest.raises(NameError, match="no_such"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from dataclasses import dataclass
 from types import FunctionType
@@ -14,12 +13,12 @@ from safepool.pool.calls.mains import ABSENT, Look, PlainFunction
 from safepool.pool.calls.prints import Print, exposed, print_of
 from safepool.pool.calls.values import value_of
 from safepool.transport import trusted
-from safepool.transport.marks import attributes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from safepool.pool.calls.deliveries import Delivery
+    from safepool.transport.marks import Attributes
 
 BY_CONTENT = object()
 """Stands for a value of which identity does not tell whether it has changed."""
@@ -36,7 +35,7 @@ class Known:
         doubts: Print of the objects that may have changed in place.
         stamp: The versions of the objects that it refers to.
         plain: The value, if its identity is enough to compare it; otherwise ``BY_CONTENT``.
-        attributes: ``marks.attributes_of`` it, if it is a function or class that workers have.
+        attributes: State of a function or class that workers have.
         short: The look at a function, if a short one will do.
         pickled_again: ``True`` if only a new pickle shows whether the value has changed.
         is_large: The check takes too long for the scheduler's thread.
@@ -54,7 +53,7 @@ class Known:
     stamp: tuple[int, ...]
     ids: tuple[int, ...]
     plain: object
-    attributes: Mapping[str, object] | None
+    attributes: Attributes | None
     short: PlainFunction | None
     pickled_again: bool
     is_large: bool
@@ -68,13 +67,10 @@ class Known:
         if (value_of(name) if "." in name else space.get(name, ABSENT)) is not value:
             return False
         if attributes is None or (
-            type(value) is FunctionType and not (value.__dict__ or attributes)
+            type(value) is FunctionType and not (value.__dict__ or attributes.by_path)
         ):
             return True
-        now = attributes_of(value)
-        return now.keys() == attributes.keys() and all(
-            map(operator.is_, now.values(), attributes.values())
-        )
+        return attributes.are_still()
 
     def is_unchanged(self, *, here: bool = False) -> bool:
         """Return whether the values are still those that were pickled; ``False`` if in doubt."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from safepool.transport.additions import Addition
     from safepool.transport.frames import Segment
+    from safepool.transport.marks import Attributes
     from safepool.transport.sharing import Shared
 
 # Objects in a pickle. A larger pickle is not searched for common objects.
@@ -58,7 +59,7 @@ class Pickled:
     by_identity: bool = False
     there: bool = False
     draws: bool = False
-    attributes: Mapping[str, object] | None = None
+    attributes: Attributes | None = None
     looked: Looked | None = None
 
 

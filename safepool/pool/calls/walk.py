@@ -33,7 +33,7 @@ from safepool.pool.calls.values import (
 )
 from safepool.pool.hands import LateError, within
 from safepool.transport.held import Held, held_by_module
-from safepool.transport.marks import LRU_CACHE, attribute_of, attributes_of, main_space
+from safepool.transport.marks import LRU_CACHE, Attributes, attribute_of, main_space
 from safepool.transport.names import mentioned_in
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Walk:
                 data.append(name)
             elif not (is_importable(value) or self._quiet):
                 todo += uses_of(value)
-                todo += attributes_of(value)
+                todo += Attributes(value).by_path
         main.ask(data)
 
     def _leads_on(self, name: str, one: Known | Pickled) -> Iterable[str]:
@@ -201,18 +201,19 @@ class Walk:
             return None
         if attribute_of(value, "__qualname__") != name or not main.has(value):
             return None
-        attributes, known = attributes_of(value), self._table.known.get(name)
+        attributes, known = Attributes(value), self._table.known.get(name)
         if known is not None and known.delivery.segments:
             return None
         # Each attribute is delivered by its path, also that it is gone: the class stays the same.
-        before = {} if known is None else known.attributes or {}
-        theirs = before if known is not None else main.inside(name)
-        gone = {one for one in theirs if one not in attributes and value_of(one) is ABSENT}
+        now, attributes_before = attributes.by_path, None if known is None else known.attributes
+        before = {} if attributes_before is None else attributes_before.by_path
+        theirs = main.inside(name) if known is None else before
+        gone = {one for one in theirs if one not in now and value_of(one) is ABSENT}
         self._gone |= gone
         delivered = set() if known is None else {path for path in known.uses if "." in path}
         changed = {
             path
-            for path, own in attributes.items()
+            for path, own in now.items()
             if own is None
             or (before[path] is not own if path in before else not main.has_at(path, own))
         }
