@@ -6,6 +6,8 @@ pool's, ``support_cluster_explorer`` for a cluster pool's. Nothing here knows wh
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import pickle
 from collections import deque
 from functools import partial
@@ -64,6 +66,21 @@ def explore(first: World, most: int = 10**9) -> int:
     Raises:
         BadStateError: Something does not hold; it tells the steps that led there.
     """
+    with _uncollected():
+        return _explored(first, most)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the collector from looking at all worlds again and again: they have no circles."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _explored(first: World, most: int) -> int:
     seen = {first.key()}
     # The worlds themselves: the first step is taken in it, and only for others is it copied.
     queue: deque[tuple[World, tuple[Any, ...]]] = deque([(first, ())])

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 def violations(members: Sequence[Member], backlog: Backlog) -> Iterator[str]:
     """Yield what is wrong with the workers and the waiting work of a pool."""
     for member in members:
-        for holds, what in _of_member(member):
-            if not holds:
-                yield f"worker {member.pid}: {what}"
+        for what in _wrong_in(member):
+            yield f"worker {member.pid}: {what}"
     places = [member.index for member in members if not member.leaving]
     if len(places) != len({*places}):
         yield f"two workers have one place: {places}"
@@ -35,20 +34,28 @@ def violations(members: Sequence[Member], backlog: Backlog) -> Iterator[str]:
         yield "a map waits that is not noted as queued"
 
 
-def _of_member(member: Member) -> Iterator[tuple[bool, str]]:
+def _wrong_in(member: Member) -> Iterator[str]:
     ledger, works = member.ledger, [*member.ledger]
-    yield member.phase is not Phase.ENDED, "it has ended, and is kept"
-    yield member.ready or not works, "it is not ready, and was given work"
-    yield member.has_board or len(works) <= 1, "work was sent ahead without a board"
-    condemned = member.phase is Phase.CONDEMNED
-    yield condemned == (member.condemned is not None), "it is condemned without a reason"
+    if member.phase is Phase.ENDED:
+        yield "it has ended, and is kept"
+    if (member.phase is Phase.CONDEMNED) != (member.condemned is not None):
+        yield "it is condemned without a reason"
+    if works and not member.ready:
+        yield "it is not ready, and was given work"
+    if len(works) > 1 and not member.has_board:
+        yield "work was sent ahead without a board"
     left = [work.count - work.done for work in works]
-    expected_ns = sum(work.expected_ns * count for work, count in zip(works, left, strict=True))
-    yield ledger.owed == sum(left), "its ledger counts calls wrongly"
-    yield ledger.expected_ns == expected_ns, "its ledger counts their time wrongly"
-    yield all(left), "work is owed that was answered"
-    yield not any(work.done for work in works[1:]), "later work was answered first"
+    if ledger.owed != sum(left):
+        yield "its ledger counts calls wrongly"
+    if ledger.expected_ns != sum(
+        work.expected_ns * count for work, count in zip(works, left, strict=True)
+    ):
+        yield "its ledger counts their time wrongly"
+    if not all(left):
+        yield "work is owed that was answered"
+    if any(work.done for work in works[1:]):
+        yield "later work was answered first"
     ends = [0, *(work.position + work.count - 1 for work in works)]
     begins = [*(work.position for work in works), ledger.last + 1]
-    ordered = all(end < begin for end, begin in zip(ends, begins, strict=True))
-    yield ordered, "positions are not in order"
+    if any(end >= begin for end, begin in zip(ends, begins, strict=True)):
+        yield "positions are not in order"
