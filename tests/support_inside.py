@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safepool import ClusterPool, ProcessPool
     from safepool.pool.core.events import Force
     from safepool.pool.shell.memory import MemoryWatch
+    from safepool.pool.shell.turns import Turns
     from safepool.pool.shell.worker import Worker
 
 
@@ -86,7 +87,12 @@ def wake(pool: ProcessPool) -> None:
 
 def may_send_alone(pool: ProcessPool) -> bool:
     """Tell whether a caller may send its call to a worker itself."""
-    return bool(pool._scheduler._turns.idle)
+    return bool(turns_of(pool).idle)
+
+
+def turns_of(pool: ProcessPool) -> Turns:
+    """Return what lets callers send calls to workers themselves."""
+    return pool._scheduler._turns
 
 
 def end(pool: ProcessPool, force: Force, *, wait: bool) -> None:

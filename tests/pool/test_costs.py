@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import support_born
+import support_inside as inside
 from support_processes import wait_until
 
 import safepool
@@ -160,7 +161,7 @@ def test_a_call_finds_a_lane_as_soon_as_another_thread_may_run(
     look_away = Staff.look_away
 
     def seen(staff: Staff, worker: Worker) -> None:
-        found.append(bool(pool._scheduler._turns.idle))
+        found.append(inside.may_send_alone(pool))
         look_away(staff, worker)
 
     monkeypatch.setattr(Staff, "look_away", seen)

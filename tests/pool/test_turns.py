@@ -438,7 +438,7 @@ def test_calls_that_cannot_go_alone_make_no_lanes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(turns, "_Lane", Lane)
     large = bytes(turns._MOST_BYTES + 1)
     with warmed() as pool:
-        of_pool = pool._scheduler._turns
+        of_pool = inside.turns_of(pool)
         until = time.monotonic() + PATIENCE_S
         while of_pool._unfit < turns._MOST_UNFIT:
             assert time.monotonic() < until
@@ -456,7 +456,7 @@ def test_calls_with_a_timeout_ask_for_no_lanes() -> None:
     with ProcessPool(1, timeout=PATIENCE_S) as pool:
         for _ in range(10):
             pool.submit(abs, -1).result(timeout=PATIENCE_S)
-        assert not pool._scheduler._turns.wanted
+        assert not inside.turns_of(pool).wanted
 
 
 def test_the_time_of_calls_that_go_alone_is_known() -> None:
