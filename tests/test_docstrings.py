@@ -1,4 +1,4 @@
-"""A field that a docstring describes begins with a noun, not with a question or a pronoun."""
+"""Docstrings: fields begin with a noun, and the map of a room has all its modules."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     ]
 
     assert said == []
+
+
+def test_the_map_of_each_room_has_all_its_modules() -> None:
+    """A new module is found by who looks for it, and one that is gone is looked for by nobody."""
+    absent = []
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        if path.parent != PACKAGE:  # its map is help(safepool), of public names
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            words = {*re.findall(r"\w+", text)}
+            absent += [one for one in path.parent.glob("*.py") if one.stem not in words]
+
+    assert [path for path in absent if path.name != "__init__.py"] == []
 
 
 def test_the_arguments_of_a_pool_stand_in_groups_with_their_defaults() -> None:

@@ -6,12 +6,15 @@ error. The module of a command is imported only for that command:
     limits_screen   ``safepool``, ``safepool limits``: the limits of this process, with sources;
                     ``verdict`` finds problems, ``watch`` prints a line a second
     cluster_screen  ``safepool --cluster ADDRESS``: the same for each node
-    doctor          ``safepool doctor NAME...``: the native threads of each library
+    doctor          ``safepool doctor NAME...``: the native threads of each library, which
+                    ``doctor_child`` imports
     run             ``safepool run -- COMMAND``: start any program with its limits set
     env             ``safepool env``: the same variables, for a shell
-    demo            ``safepool demo``: the standard pool and safepool's on the same work
+    demo            ``safepool demo``: the standard pool and safepool's on the same work, each in
+                    a ``demo_half``; ``demo_report`` prints
     report          ``safepool report FILE``: summary of a file of ``ProcessPool(trace=FILE)``
     top             ``safepool top PID``: present calls of the workers of a running process
+    text, colour    for all of them
 
 A JSON Schema in ``safepool/cli/schemas`` describes each key of the ``--json`` output of each
 command. Keys are added, and none is renamed or removed within the number ``schema``.

@@ -13,8 +13,11 @@ the order in which data passes them:
     quota, memory, affinity, environment
                  text of a file or variable -> limits with source and raw text
     left         the memory that all limits leave, for repeated reading
-    _linux, _no_groups
+    waiting      time that processes waited for a CPU while CPUs were idle
+    gpus         the GPUs that a process may see
+    _linux, _no_groups, _windows
                  calls to the system; this package chooses one of them
+    _types       the results, each with its source
 
 Not covered: see each module. The main gap: limits that the kernel enforces and does not show.
 """
