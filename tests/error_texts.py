@@ -88,6 +88,7 @@ _STANDARD = "The standard library's own text, which programs compare: "
 
 # By a part of the text, where it is not ours to word, or its values say what to do.
 BY_TEXT = {
+    "Chunksize must be 1+": f"{_STANDARD}pass a positive chunksize",
     "must be": "Pass what the text says after 'must be'",
     "{hint}": "Correct the name as the hint says",
     "() takes no {name}=": "Leave it out",
@@ -98,7 +99,6 @@ BY_TEXT = {
     "after shutdown": f"{_STANDARD}submit before the pool is shut down",
     "generator raised StopIteration": f"{_STANDARD}correct the iterator of the items",
     "task raised": f"{_STANDARD}correct the function",
-    "Chunksize must be 1+": f"{_STANDARD}pass a positive chunksize",
     "Pool is still running": f"{_STANDARD}call close() or terminate() first",
     "Pool not running": f"{_STANDARD}call it before close() and terminate()",
     "not ready": f"{_STANDARD}wait for the result first",
@@ -127,6 +127,10 @@ BY_TEXT = {
     "cannot read the workers of node": "Nothing: the others are listed",
     "second hard link": "Choose another folder for the file",
     "in its path belongs to user": "Choose another folder for the file",
+    "symbolic links": "A reason of a skipped limit: correct the links on the way to the file",
+    "workers on Windows have no board": "Internal: the pool asks for no board there. Report it",
+    "the program cancelled the call": "Nothing: the program itself cancelled the call",
+    "has ended meanwhile": "Pass the id of a running process",
     "the trace %s is incomplete": "Free space on the disk of the trace, or choose another file",
     "no fork server can be used": "Nothing, or remove the cause that the text names",
     "binds no worker to CPUs": "Leave pin_workers= out",
