@@ -850,9 +850,9 @@ class World:
     def key_of_starts(self) -> tuple[object, ...]:
         """Return what tells the starts of workers from others; sizes are those of the world."""
         starts = vars(self.core)["_starts"]
-        patience, since_ns = vars(starts)["_patience"], vars(starts)["_refused_since_ns"]
+        since_ns = vars(starts)["_refused_since_ns"]
         return (
-            patience.crashed, patience.killed, vars(starts)["_had_one"],
+            *map(vars(starts).get, ("_crashed", "_killed", "_had_one")),
             since_ns and self.now_ns - since_ns,
             self.waits and starts.not_before_ns - self.now_ns,
         )  # fmt: skip

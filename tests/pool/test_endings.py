@@ -31,7 +31,7 @@ from safepool import (
     TaskTimeoutError,
     WorkerDiedError,
 )
-from safepool.pool.core import machine, patience
+from safepool.pool.core import machine, starts
 from safepool.pool.core.events import HandOut
 from safepool.pool.core.machine import Core
 from safepool.pool.core.policy import Policy
@@ -182,7 +182,7 @@ def test_an_initializer_that_ends_its_worker_starts_no_storm(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few starts, then all tasks fail with the reason; whatever was queued."""
-    monkeypatch.setattr(patience, "_MOST_PAUSE_S", 0.05)
+    monkeypatch.setattr(starts, "_MOST_PAUSE_NS", 50_000_000)
     path, gate = str(tmp_path / "starts"), tmp_path / "gate"
     arguments = (path, how, str(gate))
     with ProcessPool(2, initializer=endings.note_and_end, initargs=arguments) as pool:

@@ -16,7 +16,7 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool.core import patience
+from safepool.pool.core import starts
 from safepool.pool.shell import records
 
 if TYPE_CHECKING:
@@ -482,7 +482,7 @@ EVENTS: dict[str, tuple[Callable[[ProcessPool], None], list[tuple[str, str]]]] =
 @pytest.mark.parametrize("event", EVENTS)
 def test_what_a_pool_logs(event: str, kept: support.Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for what a program's owner wants to know, and none for what is as it should be."""
-    monkeypatch.setattr(patience, "_MOST_PAUSE_S", 0.05)
+    monkeypatch.setattr(starts, "_MOST_PAUSE_NS", 50_000_000)
     happen, expected = EVENTS[event]
     with ProcessPool(1) as pool:
         happen(pool)

@@ -98,8 +98,8 @@ with safepool.ProcessPool(1, timeout=0.5) as pool:
     ),
     "in the initializer": (
         """
-from safepool.pool.core import patience
-patience._MOST_PAUSE_S = 0.05
+from safepool.pool.core import starts
+starts._MOST_PAUSE_NS = 50_000_000
 with safepool.ProcessPool(1, initializer=eat) as pool:
     error = str(pool.submit(abs, -1).exception(90))
 print(type(error).__name__, "20 workers in a row" in error, "limit of 160 MiB" in error)

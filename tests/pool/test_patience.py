@@ -23,8 +23,9 @@ from safepool import PoolBrokenError, ProcessPool, RefusedCallError
 from safepool.limits import Limits, read_limits
 from safepool.limits._types import OpenFilesLimit, PidsLimit
 from safepool.pool.calls import mapping
-from safepool.pool.core import patience
-from safepool.pool.core.patience import Patience
+from safepool.pool.core import starts
+from safepool.pool.core.ending import Ending, Stage
+from safepool.pool.core.starts import Starts
 from safepool.pool.shell import refusals
 from safepool.pool.shell.hiring import Hiring
 from safepool.pool.shell.refusals import limit_met
@@ -49,24 +50,46 @@ SERIES: dict[str, tuple[list[tuple[int | None, bool]], int]] = {
 }
 
 
+def pause_after(starts: Starts, exitcode: int | None, *, ours: bool) -> float | None:
+    """Return the pause after a useless worker, in seconds; ``None`` if no start follows."""
+    starts.not_before_ns = 0
+    ending = Ending(
+        pid=1,
+        exitcode=exitcode,
+        by_pool=ours,
+        oom=None,
+        stage=Stage.READY,
+        reading="",
+        dismissed=False,
+        pool_ends=False,
+        condemned=None,
+        exceeded=None,
+        fault=None,
+        stack="",
+        lost=(),
+    )
+    gives_up = [*starts.after(ending, 0)]
+    return None if gives_up else starts.not_before_ns / 1e9
+
+
 @pytest.mark.unit
 @pytest.mark.parametrize("name", SERIES)
 def test_how_many_workers_in_a_row_may_be_of_no_use(name: str) -> None:
     series, borne = SERIES[name]
-    patience = Patience()
-    pauses = [patience.after(exitcode, ours=ours) for exitcode, ours in series]
+    of_one = Starts(1, break_on_death=False)
+    pauses = [pause_after(of_one, exitcode, ours=ours) for exitcode, ours in series]
     assert pauses.index(None) == borne
     assert all(pause is None or 0 <= pause <= 1 for pause in pauses)
 
 
 @pytest.mark.unit
 def test_pauses_grow_while_workers_are_killed_from_outside() -> None:
-    patience = Patience()
-    pauses = [patience.after(-9, ours=False) for _ in range(7)]
+    of_one = Starts(1, break_on_death=False)
+    pauses = [pause_after(of_one, -9, ours=False) for _ in range(7)]
     assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
-    assert (patience.after(-11, ours=False), patience.in_a_row) == (0.0, 8)
-    patience.was_of_use()
-    assert (patience.in_a_row, patience.after(-15, ours=False)) == (0, 0.05)
+    assert pause_after(of_one, -11, ours=False) == 0.0
+    of_one.was_of_use()
+    assert [pause_after(of_one, one, ours=False) for one in (-15, -3, -3)] == [0.05, 0.0, 0.0]
 
 
 @on_linux
@@ -85,7 +108,7 @@ def test_newborn_workers_that_are_killed_from_outside_end_no_pool(
         return worker
 
     monkeypatch.setattr(Hiring, "start", start_and_kill)
-    monkeypatch.setattr(patience, "_MOST_PAUSE_S", 0.1)
+    monkeypatch.setattr(starts, "_MOST_PAUSE_NS", 100_000_000)
     with ProcessPool(1) as pool:
         futures = [pool.submit(tasks.square, n) for n in range(200)]
         assert [future.result(timeout=60) for future in futures] == [n * n for n in range(200)]

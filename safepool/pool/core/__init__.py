@@ -12,7 +12,6 @@ pace       duration of calls, and so the number that is sent ahead
 ledger     unanswered calls of one worker
 ending     how a worker ended, and the consequence for its calls and the pool
 starts     the start of workers: how many, when, in which place, and when the pool gives up
-patience   the limit of workers that end before they did any work
 gauge      time of a worker's next memory check, and its result
 
 Facts that the shell finds out, and that are no decisions about calls and workers:

@@ -1,5 +1,10 @@
 """Decisions about the next workers: how many, when, in which place, or that the pool gives up.
 
+A pool bears a limited number of useless workers in a row, which ended before they did any work. A
+crash has a cause that stays: an initializer, a broken library. A kill from outside (``SIGKILL``
+and ``SIGTERM``, sent by the out-of-memory killer and by service managers) hits any worker, and on
+a busy host several new workers in a row.
+
 Not covered:
     * Execution of a start: ``shell.hiring`` does that, and tells whether the system refuses it.
 """
@@ -9,9 +14,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from safepool.errors import text_of
+from safepool.errors import FROM_OUTSIDE, text_of
 from safepool.pool.core import events as e
-from safepool.pool.core.patience import Patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +33,10 @@ _MOST_LOST = 2
 # workers tries for this long.
 _RETRY_NS = 1_000_000_000
 _RETRYING_NS = 30_000_000_000
+# Useless workers in a row; those killed from outside with pauses that add up to a quarter of a
+# minute.
+_MOST_CRASHED, _MOST_KILLED = 3, 20
+_FIRST_PAUSE_NS, _MOST_PAUSE_NS = 50_000_000, 1_000_000_000
 
 
 class Starts:
@@ -48,7 +56,8 @@ class Starts:
         self.lost: int = 0
         self.not_before_ns: int = 0
         self._break_on_death = break_on_death
-        self._patience = Patience()
+        # Useless workers in a row that ended by themselves, and that were killed from outside.
+        self._crashed = self._killed = 0
         # The places of those that could not be ended.
         self._haunted: set[int] = set()
         self._had_one = False
@@ -121,7 +130,7 @@ class Starts:
 
     def was_of_use(self) -> None:
         """Note that a worker has done something."""
-        self._patience.was_of_use()
+        self._crashed = self._killed = 0
 
     def refused(self, why: BaseException, now_ns: int, *, alone: bool) -> e.GiveUp | e.PutOff:
         """Decide about a start that the system refuses; ``alone``: the pool has no worker."""
@@ -152,14 +161,20 @@ class Starts:
 
     def _bear(self, ending: Ending, now_ns: int) -> Iterator[e.GiveUp]:
         """Wait before the next start, or give up if workers end in a row that were of no use."""
-        patience = self._patience
-        pause_s = patience.after(ending.exitcode, ours=ending.by_pool)
-        if pause_s is not None:
-            self.not_before_ns = max(self.not_before_ns, now_ns + int(pause_s * 1e9))
+        pause_ns = 0
+        if ending.exitcode in FROM_OUTSIDE and not ending.by_pool:
+            self._killed += 1
+            pause_ns = min(_FIRST_PAUSE_NS << (self._killed - 1), _MOST_PAUSE_NS)
+            is_borne = self._killed < _MOST_KILLED
+        else:
+            self._crashed += 1
+            is_borne = self._crashed < _MOST_CRASHED
+        if is_borne:
+            self.not_before_ns = max(self.not_before_ns, now_ns + pause_ns)
             return
         why = (
-            f"{patience.in_a_row} workers in a row died before they ran a task; the last: "
-            f"worker {ending.unasked}"
+            f"{self._crashed + self._killed} workers in a row died before they ran a task; the "
+            f"last: worker {ending.unasked}"
         )
         why += "" if ending.oom is None else f": {ending.oom}"
         # After a death from outside, the next call might meet the same end.
