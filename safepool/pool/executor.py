@@ -322,10 +322,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             ),
             hiring=hiring,
             tasks_per_worker=max_tasks_per_child,
-            memory_per_worker=(
-                None if max_memory_per_worker is None else parse_bytes(max_memory_per_worker)
-            ),
-            memory=None if memory_limit is None else MemoryWatch(parse_bytes(memory_limit)),
+            memory=_memory_watch(memory_limit, max_memory_per_worker),
             break_on_death=on_worker_death == "break",
             listener=listener,
         )
@@ -619,6 +616,11 @@ def _placement(threads: int) -> Placement | None:
     if why_not:
         tell_once(f"pin_workers=True binds no worker to CPUs: {why_not}")
     return None if why_not else Placement(threads)
+
+
+def _memory_watch(*limits: float | str | None) -> MemoryWatch | None:
+    found = [None if limit is None else parse_bytes(limit) for limit in limits]
+    return None if found == [None, None] else MemoryWatch(*found)
 
 
 def _trace(path: str | os.PathLike[str]) -> Trace:

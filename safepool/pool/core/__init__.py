@@ -17,7 +17,7 @@ gauge      time of a worker's next memory check, and its result
 Facts that the shell finds out, and that are no decisions about calls and workers:
 
     the pool's size (``size``)                       the user's, or that of the budget
-    memory above a limit (``memory``, ``settling``)  measured against the user's limit, then told
+    memory above a limit (``memory``)                measured against the user's limit, then told
     settings that workers must get first             `HandOut`
     standstill of pickling (``hands``)               told as work that may be passed
     the worker of a caller (``turns``)               one of those that the core lends

@@ -79,8 +79,7 @@ class Loop:
 
     Args:
         tasks_per_worker: Number of tasks after which a worker is replaced; ``None`` is no limit.
-        memory_per_worker: Bytes above which a worker is replaced between two tasks.
-        memory: Checks of the memory of workers that run tasks; ``None`` sets no limit.
+        memory: Checks of the memory of workers; ``None`` sets no limit.
         break_on_death: ``True`` if one dead worker ends the whole pool, as in the standard pool.
         listener: Listener of the pool, closed with the pool.
     """
@@ -91,7 +90,6 @@ class Loop:
         size: Size,
         hiring: Hiring,
         tasks_per_worker: int | None,
-        memory_per_worker: int | None = None,
         memory: MemoryWatch | None = None,
         break_on_death: bool = False,
         listener: Listener,
@@ -141,7 +139,7 @@ class Loop:
         self._records = Records()
         self._dispatch = Dispatch(self._settled, self.wake, hiring.names, listener)
         self._settings = self._dispatch.settings
-        self._settling = Settling(self._settled, self.wake, memory_per_worker=memory_per_worker)
+        self._settling = Settling(self._settled, self.wake)
         self._hands = (self._dispatch.hands, self._settling.hands)
         self._settle_calls = listener.of_answers(self._settling.settle)
         self._memory = memory
@@ -155,7 +153,7 @@ class Loop:
             settling=self._settling,
             pace=self._core.pace,
             size=size,
-            allowed=type(listener) is Listener and memory_per_worker is None and memory is None,
+            allowed=type(listener) is Listener and memory is None,
         )
         self._hiring = hiring
         hiring.need = self._dispatch.need_first
@@ -495,9 +493,7 @@ class Loop:
     def _settle(self, _: Staff, action: e.Settle) -> e.Outgrown | None:
         self._settle_calls(action)
         worker: Worker = action.worker
-        outgrown = self._settling.has_outgrown(worker)
-        if self._memory is not None and not outgrown:
-            outgrown = self._memory.has_outgrown(worker)
+        outgrown = self._memory is not None and self._memory.has_outgrown(worker)
         return e.Outgrown(worker) if outgrown else None
 
     def _wait(self, _: Staff, action: e.Wait) -> None:

@@ -1,10 +1,12 @@
-"""Memory checks of workers that run calls, often enough to end a worker that holds too much.
+"""Memory checks of workers: during a call, to end a worker, and after it, to replace one.
 
-The measure is the memory of a worker alone: resident less shared pages of ``/proc/PID/statm``,
-minus its memory at birth. The measure excludes mapped files (libraries, ``numpy.memmap``), shared
-memory (:func:`safepool.share`, arguments that no task has written to, ``/dev/shm``), and pages of
-its parent. A read takes two microseconds; the kernel's exact sums (``smaps_rollup``) take 17 ms
-for each gigabyte, and stop the worker meanwhile.
+After a call the limit is for the resident memory. During a call, memory is checked often enough to
+end a worker that holds too much; the same limit holds after the call. Its measure is the memory of
+a worker alone: resident less shared pages of ``/proc/PID/statm``, minus its memory at birth. The
+measure excludes mapped files (libraries, ``numpy.memmap``), shared memory (:func:`safepool.share`,
+arguments that no task has written to, ``/dev/shm``), and pages of its parent. A read takes two
+microseconds; the kernel's exact sums (``smaps_rollup``) take 17 ms for each gigabyte, and stop the
+worker meanwhile.
 
 Not covered:
     * Memory that was swapped out, and memory of processes that a task has started.
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _log = ContainedLogger()
 
+# Pause between two checks of the resident memory of a worker that goes on with the next call.
+_RESIDENT_NS = 200_000_000
 # Who is to be looked at so soon is looked at together with others: each time takes a wake-up.
 _SOON_NS = 50_000_000
 
@@ -41,14 +45,19 @@ class MemoryWatch:
     """Looks at the workers of one pool.
 
     Args:
-        limit_bytes: The most that a worker may hold.
+        limit_bytes: The most that a worker may hold during a call; ``None`` sets no limit.
+        resident_bytes: The most that a worker may hold between two calls.
 
     Raises:
-        ValueError: This system does not report the memory of a process.
+        ValueError: There is a limit for calls, and this system does not report the memory of a
+            process.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int | None, resident_bytes: int | None) -> None:
         self._limit_bytes = limit_bytes
+        self._resident_bytes = resident_bytes
+        if limit_bytes is None:
+            return
         try:
             MemoryFile("self").close()
         except OSError as error:
@@ -59,6 +68,8 @@ class MemoryWatch:
 
     def meet(self, worker: Worker) -> None:
         """Begin with a worker that was just born."""
+        if self._limit_bytes is None:
+            return
         try:
             worker.memory = MemoryFile(worker.pid)
         except OSError as error:
@@ -67,9 +78,18 @@ class MemoryWatch:
         worker.gauge = Gauge(self._limit_bytes, worker.memory.private_bytes() or 0)
 
     def has_outgrown(self, worker: Worker) -> bool:
-        """Tell whether a worker holds too much that runs no call."""
-        idle = worker.phase is Phase.READY and not worker.ledger.owed
-        exceeded = self._look_at(worker, time.monotonic_ns()) if idle else None
+        """Tell whether a worker holds too much after a call."""
+        if worker.phase is not Phase.READY:
+            return False
+        now_ns, most, busy = time.monotonic_ns(), self._resident_bytes, bool(worker.ledger.owed)
+        # One that falls idle is looked at in any case: it might hold its memory for ever.
+        if most is not None and not (busy and now_ns < worker.memory_look_ns):
+            worker.memory_look_ns = now_ns + _RESIDENT_NS
+            held = worker.resident_bytes()
+            if held is not None and held > most:
+                _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
+                return True
+        exceeded = None if busy else self._look_at(worker, now_ns)
         if exceeded is not None:
             _log.info("the pool replaces worker %d: %s", worker.pid, exceeded)
         return exceeded is not None

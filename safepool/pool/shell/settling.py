@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import MemoryLimitError
 from safepool.pool.calls.tasks import Task, fail, finish, rebuild
 from safepool.pool.core.events import Answered
 from safepool.pool.core.work import Span
-from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
 from safepool.transport import payloads, trusted
 from safepool.transport.frames import Kind
@@ -17,7 +15,6 @@ from safepool.transport.growing import OBJECTS, loaded_bytes
 from safepool.transport.room import be_full, refusal
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.board import records_of
-from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,12 +22,9 @@ if TYPE_CHECKING:
     from safepool.pool.calls.mapping import MapRun
     from safepool.pool.core.events import Settle
     from safepool.pool.core.worker import Member
-    from safepool.pool.shell.worker import Worker
     from safepool.workers.board import Left
 
     _Segments = Sequence[bytes | bytearray | memoryview]
-
-_log = ContainedLogger()
 
 # A larger result counts individually against the bound of its map.
 _SMALL_BYTES = 64 * 1024
@@ -42,8 +36,6 @@ _LEAST_REFUSED_BYTES = 128
 # that they get at a time.
 _PATIENCE_S = 0.005
 _MOST_READ = 16
-# Pause between two memory checks of a worker with a limit.
-_MEMORY_LOOK_NS = 200_000_000
 
 
 class _Answer:
@@ -97,18 +89,10 @@ class Settling:
     Args:
         settled: Called with a run and the number of its calls that have ended.
         wake: Makes the scheduler call the hands' ``come_back``; from any thread.
-        memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
     """
 
-    def __init__(
-        self,
-        settled: Callable[[MapRun, int], None],
-        wake: Callable[[], None],
-        *,
-        memory_per_worker: int | None,
-    ) -> None:
+    def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self._settled = settled
-        self._memory_per_worker = memory_per_worker
         self.hands: Hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []
@@ -211,22 +195,6 @@ class Settling:
             self._settled(run, count)
             run.tell()
         return {} if refused is None else {at: refused for *_, at in done.settled}
-
-    def has_outgrown(self, worker: Worker) -> bool:
-        """Return whether a worker holds more memory than allowed; read at intervals."""
-        limit = self._memory_per_worker
-        if limit is None or worker.phase is not Phase.READY:
-            return False
-        now = time.monotonic_ns()
-        # One that falls idle is looked at in any case: it might hold its memory for ever.
-        if worker.ledger.owed and now < worker.memory_look_ns:
-            return False
-        worker.memory_look_ns = now + _MEMORY_LOOK_NS
-        held = worker.resident_bytes()
-        if held is None or held <= limit:
-            return False
-        _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
-        return True
 
 
 def answer_of(worker: Member, position: int, kind: int, segments: _Segments) -> Answered:

@@ -50,7 +50,7 @@ class Worker(Member, WorkerProcess):
         delivered: Numbers of the needs that the worker has.
         shared: Numbers of the shared objects that the worker keeps.
         logged: Whether the worker's last message was a log record.
-        memory_look_ns: Time of the next memory check.
+        memory_look_ns: Time of the next check of its resident memory.
         memory: File with the worker's memory, and ``gauge``: its next check; ``None`` without
             ``memory_limit``.
         killed: Whether the worker was sent ``SIGKILL``, or its life-line was cut.
