@@ -202,7 +202,7 @@ def _state_of(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what cloudpickle sets on a function that it has made, modules' objects as names.
 
-    Globals of a script's function are sent separately (``pool.names``).
+    Globals of a script's function are sent separately (``pool.calls.names``).
     """
     globals_ = function.__globals__
     names = global_names(function.__code__)

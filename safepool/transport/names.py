@@ -9,8 +9,8 @@
 A worker that was forked from the program sends the same names back for objects of both.
 
 Hence every message of a pool can refer to the script's functions, classes and data, which the pool
-sends separately and once (``pool.names``). Outside of pools' messages, functions travel with their
-globals.
+sends separately and once (``pool.calls.names``). Outside of pools' messages, functions travel with
+their globals.
 """
 
 from __future__ import annotations
