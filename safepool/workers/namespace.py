@@ -1,8 +1,8 @@
 """``__main__`` inside a worker: names that arrive are bound in it, and changes by tasks stay.
 
 A worker that does not run the script has a separate ``__main__``. The functions, classes and data
-of the script arrive as names, each before the first call that needs it (``pool.calls.names``), and are
-bound there once. From then on they belong to the worker: a change by its initializer or a task
+of the script arrive as names, each before the first call that needs it (``pool.calls.names``), and
+are bound there once. From then on they belong to the worker: a change by its initializer or a task
 stays until the program's own value has changed and arrives again.
 
 A list, dictionary, set or bytearray that arrives again keeps its identity and gets the new
