@@ -213,8 +213,8 @@ def _places(lengths: Sequence[int]) -> tuple[list[int], int]:
 def _prepare(descriptor: int, begin: int, end: int) -> None:
     """Give a part of a new file large pages if the system can: half of a copy's cost.
 
-    Small ones are got one by one, 25,000 for 100 MB. Without it (before Linux 6.1, or when memory
-    is in small pieces) everything works as well (benchmarks/arrays.py, pages).
+    Small pages are allocated one by one, 25,000 for 100 MB. Without large pages (before Linux 6.1,
+    or when memory is in small pieces) everything works as well (benchmarks/arrays.py, pages).
     """
     global _collapses  # noqa: PLW0603 -- a fact about this system
     import ctypes  # noqa: PLC0415 -- as below

@@ -72,7 +72,7 @@ class Channel:
         return self._sock.fileno()
 
     def descriptors(self) -> list[int]:
-        """Return those of this end."""
+        """Return the descriptors of this end."""
         found = [self.fileno(), -1 if self._side is None else self._side.fileno()]
         return [descriptor for descriptor in found if descriptor >= 0]
 

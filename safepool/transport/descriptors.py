@@ -82,13 +82,13 @@ class Handed(Filed):
         _under_way.add(self)
 
     def filenos(self) -> list[int]:
-        """Return them."""
+        """Return the descriptors."""
         return self._numbers
 
     def close(
         self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid
     ) -> None:
-        """Close them. May be called again."""
+        """Close the descriptors. May be called again."""
         while self._numbers and getpid() == self._pid:
             close(self._numbers.pop())
 
@@ -213,7 +213,7 @@ class Incoming:
         self._segments = segments
 
     def take(self, place: int) -> Descriptor:
-        """Return the one at a place."""
+        """Return the descriptor at a place."""
         segment = self._segments[place]
         if isinstance(segment, Descriptor):
             return segment
@@ -263,7 +263,8 @@ _registered = Registered({}, beyond=False)
 def are_beyond() -> bool:
     """Return whether pickle itself may treat a type otherwise than its registered reducer.
 
-    With each task: a second registration for the same type is seen by :func:`registered` only.
+    Asked with each task. A second registration for the same type is seen only by
+    :func:`registered`.
     """
     reduction = loaded("multiprocessing.reduction", "ForkingPickler")
     if reduction is None:

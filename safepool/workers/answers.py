@@ -52,7 +52,7 @@ class Answers:
         self._others = False
 
     def begin(self) -> None:
-        """Count the time of what comes from now on."""
+        """Count the time of calls from now on."""
         self._mark_ns = time.monotonic_ns()
 
     def begin_many(self, now_ns: int) -> None:

@@ -64,7 +64,7 @@ class CannotForkError(Exception):
 
 
 class HasReadError(Exception):
-    """The server's imports have read a variable that this worker has otherwise."""
+    """The server's imports have read a variable that has another value in this worker."""
 
 
 class CannotRunError(Exception):
@@ -349,7 +349,7 @@ class RunningServer:
             return "closed its socket"
 
     def stop(self) -> str:
-        """End it, and return how it ended."""
+        """End the server, and return how it ended."""
         process = self._process
         self._sock.close()
         if self._exits and process.poll() is None:

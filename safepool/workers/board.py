@@ -274,7 +274,7 @@ class Board:
 
     @property
     def since_ns(self) -> int:
-        """When it did, by the monotonic clock, which is one for all processes."""
+        """Time at which the last call began, by the monotonic clock of all processes."""
         return self._cells[_SINCE]
 
     def peek(self) -> Left:
@@ -336,7 +336,7 @@ class Board:
 
 
 class _NoBoard(Board):
-    """Stands for the board where there is none. It is false, and has nothing to say."""
+    """Stands for the board where there is none. It is false, and its results are empty."""
 
     claimed = began = since_ns = property(lambda _: 0)
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 
 class Fork:
-    """Knows whether this process is a fork of the worker."""
+    """Tells whether this process is a fork of the worker."""
 
     def __init__(self, forked: Callable[[], object]) -> None:
         self.here: bool = False
@@ -24,7 +24,7 @@ class Fork:
     def leave(self, error: BaseException | None = None) -> None:
         """End the process if it is one, as a fork of any program ends.
 
-        The answer is the worker's to give, and so is the next task to take.
+        Only the worker itself sends the answer and takes the next task.
         """
         if self.here:
             leave_fork(error)

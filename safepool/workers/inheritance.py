@@ -113,7 +113,7 @@ _received: list[int] = []
 
 
 def receive(descriptors: Sequence[int]) -> None:
-    """Keep in a worker what its initializer's arguments will ask for."""
+    """Keep in a worker the descriptors that its initializer's arguments refer to."""
     _received[:] = descriptors
 
 

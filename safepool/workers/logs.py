@@ -157,7 +157,7 @@ class Outbox:
 
 
 def forward_records(outbox: Outbox) -> None:
-    """Hand over to the pool what no handler of this process takes, from now on.
+    """From now on, send to the pool the records that no handler of this process takes.
 
     Handlers that exist already were set up for the program, not for its worker (a fork inherits
     them, ``spawn`` makes them again when it imports ``__main__``). They are removed, and their

@@ -139,7 +139,7 @@ def batch_frame(
     """Return the frame of calls of one function.
 
     Args:
-        position: The first one's.
+        position: Position of the first call.
         function: Number of the function.
         segments: A pickle of the list of items, one for each call.
         starred: An item is the tuple of the call's arguments, not the only one itself.
@@ -162,7 +162,7 @@ def function_of(segments: Sequence[Buffer]) -> int:
 
 
 def values_frame(position: int, microseconds: int, values: list[object]) -> Pieces:
-    """Return the frame of what several calls returned, from this position on.
+    """Return the frame of results of several calls, from this position on.
 
     The values are of types that are immutable and hold nothing: pickled as one list, they arrive
     as they would one by one.
@@ -172,7 +172,7 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
 
 
 def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -> Pieces:
-    """Return the frame of what several calls returned, as a board's lane holds it."""
+    """Return the frame of results of several calls, in the form of a board's lane."""
     head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), kind)
     return encode(Kind.VALUES, position, [head, numbers])
 

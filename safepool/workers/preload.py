@@ -115,7 +115,7 @@ class Imports:
         return len(sys.modules) != self._count
 
     def new(self) -> bytes:
-        """Return those since the last look, in their order, for :func:`learn`; it may be none."""
+        """Return the modules since the last call, in order, for :func:`learn`; possibly none."""
         # The newest are the last of the table. If modules were removed, some are reported again.
         begin, self._count = self._count, len(sys.modules)
         # A list of all: another thread may import meanwhile.

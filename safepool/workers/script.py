@@ -235,7 +235,7 @@ def _as_imported() -> Iterator[None]:
 def _exits_kept(module: types.ModuleType) -> Iterator[None]:
     """Keep for :func:`finish` the exit functions of the script, but not those of libraries.
 
-    And what its objects do at the exit, whoever made them: temporary folders remove themselves.
+    Exit functions of objects that it has made are kept too: temporary folders remove themselves.
     """
     from multiprocessing import util  # noqa: PLC0415 -- for the time of a run
 
@@ -339,7 +339,7 @@ def silence() -> Iterator[None]:
 
 
 def _flush() -> None:
-    """Let nothing that was printed here be printed again by a fork."""
+    """Flush the output, so that no fork prints it again."""
     flush(*{sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__})
     import ctypes  # noqa: PLC0415
 

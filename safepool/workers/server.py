@@ -298,7 +298,7 @@ class _Server:
         self._become_worker(details, descriptors)
 
     def _reap(self) -> None:
-        """Report ended workers. Also called by the signal's handler, in the middle of itself."""
+        """Report ended workers. The signal's handler calls it too, even while it runs."""
         self._ending = True
         if self._reaping:
             return
@@ -335,9 +335,9 @@ class _Server:
         close_all(self._workers.values())
 
     def _bury_orphans(self) -> None:
-        """Wait for what workers have left that ended before it did: it has come here.
+        """Wait for processes of ended workers: this process is their parent now.
 
-        Only between two requests: an import waits for the programs that it runs.
+        Called only between two requests: an import waits for the programs that it runs.
         """
         try:
             while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -371,7 +371,7 @@ class _Server:
 
 
 def _get_forks_ready() -> None:
-    """Do here, once, what each worker would do at its start.
+    """Do once, in the server, steps that each worker would do at its start.
 
     These objects stay for ever. A collection in a worker would write to every page of them, and so
     copy it.

@@ -26,7 +26,7 @@ class Backlog:
     """Calls, runs with calls that wait, and spans that were taken back.
 
     Attributes:
-        holds: Runs wait whose results are not taken; not while the pool ends.
+        holds: Whether runs whose results are not taken must wait; ``False`` while the pool ends.
     """
 
     def __init__(self) -> None:
@@ -270,8 +270,8 @@ def _rank(entry: Call | Span | Run) -> tuple[int, float]:
 def _join(entries: list[Any], entry: Call | Span | Run) -> None:
     """Append an entry.
 
-    In one piece again what workers gave back in several: a message for each would cost more than
-    the calls (benchmarks/dispatch.py, map).
+    Parts that workers gave back become one piece again: a message for each part would cost more
+    than the calls (benchmarks/dispatch.py, map).
     """
     last = entries[-1] if entries else None
     if isinstance(last, Span) and isinstance(entry, Span) and last.is_followed_by(entry):

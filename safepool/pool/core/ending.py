@@ -86,12 +86,12 @@ class Ending(NamedTuple):
 
     @property
     def died(self) -> bool:
-        """Whether it ended when it should not have."""
+        """Whether it ended without an order, or with calls that it had."""
         return bool(self.lost) or not self.dismissed
 
     @property
     def was_of_use(self) -> bool:
-        """Whether it came as far as to a call."""
+        """Whether the worker reached a call."""
         return bool(self.lost) or self.stage is Stage.READING
 
     @property
@@ -102,7 +102,7 @@ class Ending(NamedTuple):
 
     @property
     def breaks(self) -> bool:
-        """Whether it ends a pool that one death ends, as it does the standard pool."""
+        """Whether this end breaks a pool of ``on_worker_death="break"``."""
         costs = any(one.again is None for one in self.lost) or not (self.lost or self.dismissed)
         return costs and not (self.pool_ends or self.condemned)
 

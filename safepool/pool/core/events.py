@@ -232,7 +232,7 @@ class Returned(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """A call that a worker has is not wanted, or none of a run that it has calls of."""
+    """The program has cancelled a call of a worker, or a run with calls of the worker."""
 
     worker: Member
     call: Call | Run
@@ -419,7 +419,7 @@ class Stop(NamedTuple):
 
 
 class Condemn(NamedTuple):
-    """End a worker with all that its call has started; ``stack``: ask where it is first."""
+    """End a worker with all that its call has started; ``stack``: first read its Python stack."""
 
     worker: Who
     stack: bool
@@ -449,7 +449,7 @@ class GiveUp(NamedTuple):
     """Break the pool.
 
     Attributes:
-        ask: Find out whether the system refuses something to every worker, which would be why.
+        ask: Whether to look for a system call that is refused to every worker: a likely cause.
     """
 
     reason: str

@@ -8,7 +8,7 @@ second.
 from __future__ import annotations
 
 LEAST_NS = 10_000_000
-"""Between two looks at one worker: 10 MB more, of a task that allocates 1 GB a second."""
+"""Least time between two checks. A task that allocates 1 GB a second grows by 10 MB meanwhile."""
 
 # The most: a task that begins to grow at this rate is met 0.1 s later.
 _MOST_NS = 100_000_000

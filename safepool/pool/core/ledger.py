@@ -69,11 +69,11 @@ class Ledger:
         """Remove answered calls, from this position on.
 
         Args:
-            position: The first one's.
+            position: Position of the first answered call.
             most: Number of calls that are answered, at most; those of the next work are left.
 
         Returns:
-            The work they belong to, the place of the first there, and how many were crossed out;
+            The work they belong to, the place of the first there, and how many were removed;
             ``None`` if they were answered before.
 
         Raises:

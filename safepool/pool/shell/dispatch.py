@@ -103,7 +103,7 @@ class Packing:
     error: BaseException | None = None
 
     def store(self, given_up: Callable[[], bool] = bool) -> None:
-        """Copy it into files, or learn why that cannot be."""
+        """Copy the payload into files, or keep the error that prevents it."""
         try:
             self.segments = self.worker.channel.store(self.segments, given_up)
         except BaseException as error:  # noqa: BLE001 -- told to the task

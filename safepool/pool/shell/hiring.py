@@ -81,8 +81,8 @@ class Hiring:
     def pack_ahead(self) -> None:
         """Pickle the initializer in the caller's thread, as the standard pool does.
 
-        It may be of a module that this thread is importing: another one would wait for the
-        import's end, and the import for the first worker.
+        It may be in a module that this thread is importing. Another thread would wait for the end
+        of that import, which waits for the first worker.
         """
         self._script.is_asked_by(sys._getframe(1))
         if self._packed is not None or self._initialize[0] is None:

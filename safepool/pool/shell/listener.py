@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Hears nothing: each function is used as it is.
+    """A listener that hears nothing. Each method returns the function that it is given.
 
     Attributes:
         greeting: Content of the first message to each worker.
@@ -42,23 +42,23 @@ class Listener:
     greeting: Sequence[bytes | memoryview] = ()
 
     def of_calls(self, bring: Bring) -> Bring:
-        """Return what brings calls that were submitted."""
+        """Return the function that queues submitted calls."""
         return bring
 
     def of_pickles(self, pickle: Pickles) -> Pickles:
-        """Return what pickles work."""
+        """Return the function that pickles work."""
         return pickle
 
     def of_events(self, handle: Handle) -> Handle:
-        """Return what takes the core's events."""
+        """Return the function that takes events to the core."""
         return handle
 
     def of_actions(self, table: Table) -> Table:
-        """Return what does each kind of action."""
+        """Return the function of each kind of action."""
         return table
 
     def of_answers(self, settle: Settles) -> Settles:
-        """Return what settles calls."""
+        """Return the function that settles calls."""
         return settle
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:

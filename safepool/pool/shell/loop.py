@@ -563,7 +563,7 @@ class Loop:
             raise
 
     def _is_late(self) -> bool:
-        """Tell whether a worker that is being started comes too late for anybody."""
+        """Tell whether the pool no longer needs the worker that is being started."""
         if self._asked or self._cancelling:
             return True
         # The hands ask as well, and only this thread looks into the queue.
@@ -627,7 +627,7 @@ class Loop:
                     break  # the ledger is another now
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
-        """A worker's process has ended: what did it leave behind?"""
+        """Process the end of a worker's process, and what the worker left behind."""
         self._close(staff)
         by_pool, board, left = worker.was_ours(exitcode), worker.board, []
         try:
@@ -673,7 +673,7 @@ class Loop:
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None
     ) -> None:
-        """Give up as a whole: every task fails, every worker ends."""
+        """Break the pool: every task fails, every worker ends."""
         error.__cause__ = cause
         self.broken = self.broken or error
         self._closing = True

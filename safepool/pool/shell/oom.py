@@ -32,7 +32,7 @@ _CLAIM_S = 5.0
 
 
 class OutOfMemoryWatch:
-    """The counters of the groups of the thread that starts the workers, which are theirs.
+    """Kill counters of the control groups of the thread that starts workers, and so of workers.
 
     Args:
         read: Reads them, this thread's own group first.
@@ -59,7 +59,7 @@ class OutOfMemoryWatch:
     def look(self) -> None:
         """Remember the counters as they are now, unless that was done just before.
 
-        To be called all the time while tasks run: it is by the looks that a kill has its time.
+        Called repeatedly while tasks run: a kill has the time of the look that found it.
         """
         since_s = self._clock() - self._looked_at
         if self._counts is None or since_s >= _LOOK_S:
@@ -118,7 +118,7 @@ class OutOfMemoryWatch:
         )
 
     def _used_up(self, now: tuple[OutOfMemoryCount, ...]) -> OutOfMemoryCount | None:
-        """Return the innermost group whose own ceiling was met just now."""
+        """Return the innermost group whose own limit was used up just now."""
         for count in now:
             met_at = self._met_at.get(count.source)
             # The limit is met before the kill is counted, and a check may have come between.
