@@ -116,7 +116,7 @@ def _bind(name: str, value: Any) -> None:
     """Bind a value to a name, or to an attribute of a function or class of the script."""
     holder, _, attribute = name.rpartition(".")
     if value is Absent:
-        _unbind(find_attribute(holder), attribute)
+        _unbind(holder, attribute)
     elif holder:
         found = find_attribute(holder) or (of_script(holder),)
         setattr(found[0], attribute, value)
@@ -124,11 +124,13 @@ def _bind(name: str, value: Any) -> None:
         main_space()[name] = value
 
 
-def _unbind(holders: tuple[Any, ...], name: str) -> None:
-    if not holders:
+def _unbind(holder: str, name: str) -> None:
+    if not holder:
         main_space().pop(name, None)
-    elif name in space_of(holders[0]):
-        delattr(holders[0], name)
+        return
+    for found in find_attribute(holder):
+        if name in space_of(found):
+            delattr(found, name)
 
 
 def _fill(container: Any, content: Any) -> None:

@@ -595,6 +595,28 @@ def test_a_class_stays_the_same_if_the_program_sets_an_attribute_after_a_call(
     assert out.splitlines() == told
 
 
+def test_an_attribute_is_deleted_nowhere_else(tmp_path: Path) -> None:
+    """Not the global of its name, if a task has deleted the class in its worker."""
+    program = """
+    level = 5
+    class Config:
+        level = 1
+    def forget():
+        global Config
+        del Config
+    def look(): return level, "Config" in globals() and Config.level
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(look).result())
+            pool.submit(forget).result()
+            del Config.level
+            print(pool.submit(look).result())
+    """
+    out, _ = run(program, tmp_path)
+
+    assert out == "(5, 1)\n(5, False)\n"
+
+
 def test_what_a_decorator_keeps_is_not_pickled_with_each_call(tmp_path: Path) -> None:
     """No function below a decorator is taken for one that the program has set."""
     program = """
