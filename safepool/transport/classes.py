@@ -33,7 +33,7 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
 from safepool.transport.lazy import loaded
-from safepool.transport.marks import find_in_main, is_of_python, main_space
+from safepool.transport.marks import delete_from, find_in_main, is_of_python, main_space
 
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 
@@ -331,7 +331,7 @@ def _fill_members(kind: Any, attributes: dict[str, dict[str, Any]]) -> None:
 def _delete_others(kind: type, names: tuple[str, ...]) -> None:
     """Delete attributes that the class had when it arrived before, and has not any more."""
     for gone in ({*_arrived_with.get(kind, ())} - {*names}) & vars(kind).keys():
-        type.__delattr__(kind, gone)
+        delete_from(kind, gone)
     _arrived_with[kind] = names
 
 

@@ -184,7 +184,8 @@ def _attributes_on(
         return
     space = seen[id(thing)] = space_of(thing)
     members = _members_of(thing)
-    known = _OF_INTERPRETER | _OF_DISPATCH if "registry" in space else _OF_INTERPRETER
+    is_dispatch = type(thing) is types.FunctionType and "registry" in space
+    known = _OF_INTERPRETER | _OF_DISPATCH if is_dispatch else _OF_INTERPRETER
     for attribute, value in [*space.items()]:
         if attribute in known or (
             # Of the interpreter's names those that are bound to code.
@@ -378,6 +379,14 @@ def find_attribute(path: str) -> tuple[Any, ...]:
             return ()
         found = here[part]
     return (found,)
+
+
+def delete_from(thing: Any, name: str) -> None:
+    """Delete an attribute of a function or class, without running code of its metaclass."""
+    try:
+        (type if issubclass(type(thing), type) else object).__delattr__(thing, name)
+    except TypeError:  # of ctypes, whose own way it must be
+        delattr(thing, name)
 
 
 def marks_of(module: types.ModuleType) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 from safepool.transport.additions import Addition, add
-from safepool.transport.marks import Absent, find_attribute, main_space, space_of
+from safepool.transport.marks import Absent, delete_from, find_attribute, main_space, space_of
 from safepool.transport.names import of_script
 from safepool.transport.payloads import loads
 
@@ -130,7 +130,7 @@ def _unbind(holder: str, name: str) -> None:
         return
     for found in find_attribute(holder):
         if name in space_of(found):
-            delattr(found, name)
+            delete_from(found, name)
 
 
 def _fill(container: Any, content: Any) -> None:

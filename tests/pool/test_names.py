@@ -143,18 +143,29 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
     ),
     "what the program deletes": (
         """
-        class Config:
+        import ctypes
+        class Meta(type):
+            def __delattr__(cls, name):
+                assert Meta is None, "no code of the program's is run"
+        class Config(metaclass=Meta):
             debug = True
             def method(self):
                 return 1
+        class Structure(ctypes.Structure):
+            debug = method = True
         made, flag = Config(), 1
         def look():
-            return [*map(vars(Config).__contains__, ("debug", "method"))], isinstance(made, Config)
+            both = Config, Structure
+            there = [name in vars(one) for one in both for name in ("debug", "method")]
+            return there, isinstance(made, Config)
         def ask_for_flag():
             return flag
         def delete():
             global flag
-            del Config.debug, Config.method, flag
+            for name in ("debug", "method"):
+                type.__delattr__(Config, name)
+                delattr(Structure, name)
+            del flag
         def is_there():
             try:
                 return bool(ask_for_flag())
@@ -162,7 +173,7 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
                 return False
         """,
         "ask(look); ask(is_there); delete(); ask(look); ask(is_there)",
-        [([True, True], True), True, ([False, False], True), False],
+        [([True] * 4, True), True, ([False] * 4, True), False],
     ),
     "a default that is a global": (
         """

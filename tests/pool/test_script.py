@@ -369,6 +369,7 @@ LOCK = threading.Lock()
 class Config:
     debug = False
     table = [1]
+    registry = {}
     def method(self):
         return "own"
     class Inner:
@@ -442,6 +443,7 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     "a global in place": ("SETTINGS['b'] = 2", "SETTINGS", "{'a': 1, 'b': 2}"),
     "a global that is new": ("global NEW; NEW = (3, DATA)", "NEW", "(3, None)"),
     "nothing that can be pickled": ("LOCK.acquire()", "LOCK.locked()", "False"),
+    "a registry of a class": ("Config.registry['a'] = 1", "Config.registry", "{'a': 1}"),
     "an attribute of a class": ("Config.debug = True", "Config.debug", "True"),
     "an attribute of a class, in place": ("Config.table.append(2)", "Config.table", "[1, 2]"),
     "an attribute of a function": ("work.table = {1: 2}", "work.table", "{1: 2}"),
