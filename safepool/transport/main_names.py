@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safepool.transport.fingerprints import ABSENT, UNKNOWN, fingerprint
-from safepool.transport.marks import find_in_main, functions_in, is_mark_of
+from safepool.transport.marks import find_in_main, functions_in, is_mark_of, is_of_main
 
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
@@ -104,11 +104,14 @@ class MainNames:
         return True
 
     def has_at(self, path: str, thing: Any) -> bool:
-        """Tell whether a function, class or descriptor is there; ``True`` for want of a mark."""
+        """Tell whether a function, class or descriptor in a class is there; ``True`` in doubt."""
         mark = (self._marks or {}).get(path)
         is_one = issubclass(type(thing), (type, types.FunctionType))
         found = [thing] if is_one else functions_in(thing).values()
-        return mark is None or any(is_mark_of(mark, one) for one in found)
+        if mark is None:  # some descriptors have none
+            is_marked = is_one or type(thing) in (staticmethod, classmethod)
+            return not (is_marked and any(map(is_of_main, found)))
+        return any(is_mark_of(mark, one) for one in found)
 
     def inside(self, name: str) -> list[str]:
         """Return the paths of functions and classes that are there in one of this name."""

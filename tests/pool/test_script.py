@@ -462,6 +462,13 @@ CHANGES: dict[str, tuple[str, str, str]] = {
         "Config().method()",
         "new",
     ),
+    "a method that is new, of its own name": (
+        """def extra(self): return "new"
+    extra.__qualname__ = "Config.extra"
+    Config.extra = extra""",
+        "Config().extra()",
+        "new",
+    ),
     "a method that is deleted": ("del Config.method", "hasattr(Config, 'method')", "False"),
     "a method that is set again": (
         "own = Config.method; del Config.method; Config.method = own",

@@ -215,7 +215,7 @@ class Walk:
             path
             for path, own in now.items()
             if own is None
-            or (before[path] is not own if path in before else not main.has_at(path, own))
+            or (not main.has_at(path, own) if known is None else before.get(path) is not own)
         }
         uses = uses_of(value).union(gone, delivered, changed)
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
