@@ -1,6 +1,6 @@
 """What one call takes from its caller back to its caller, beside the standard pools.
 
-    python benchmarks/latency.py [--rounds 5] [--calls 300]
+    python benchmarks/latency.py [--rounds 15] [--calls 300]
 
 One worker for a sequential caller, two for coroutines. All pools are open at the same time and
 take turns in every round, Dask and Ray each alone with ours; figures are medians over the rounds,
@@ -97,7 +97,8 @@ def has_executor(name: str, pool: Opened) -> bool:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    # A round takes place on one CPU or on two, as the kernel likes: a median of few is of chance.
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=300)
     asked = parser.parse_args()
     # With "spawn" they are as with "forkserver", once they are there.
