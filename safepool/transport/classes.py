@@ -33,7 +33,7 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
 from safepool.transport.lazy import loaded
-from safepool.transport.marks import delete_from, find_in_main, is_of_python, main_space
+from safepool.transport.marks import delete_from, find_in_main, is_of_python, main_space, set_on
 
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 
@@ -308,9 +308,9 @@ def fill_class(kind: type, attributes: dict[str, Any]) -> None:
         if name in _FILLED_BY:
             _FILLED_BY[name](kind, value)
         elif name not in _SET_ONCE or name not in vars(kind):
-            _set(kind, name, value)
+            set_on(kind, name, value)
     if "__firstlineno__" in attributes:  # Python removes it when another one is set
-        _set(kind, "__firstlineno__", attributes["__firstlineno__"])
+        set_on(kind, "__firstlineno__", attributes["__firstlineno__"])
 
 
 def _register(kind: Any, registered: list[type]) -> None:
@@ -341,10 +341,3 @@ _FILLED_BY: dict[str, Callable[[Any, Any], None]] = {
     _ATTRIBUTES_OF_MEMBERS: _fill_members,
     _NAMES: _delete_others,
 }
-
-
-def _set(kind: type, name: str, value: object) -> None:
-    try:
-        type.__setattr__(kind, name, value)
-    except TypeError:  # of ctypes, whose own way it must be
-        setattr(kind, name, value)

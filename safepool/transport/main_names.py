@@ -8,12 +8,11 @@ defined below the guard, redefined at a prompt, or without a namespace.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from safepool.transport.fingerprints import ABSENT, UNKNOWN, fingerprint
-from safepool.transport.marks import find_in_main, functions_in, is_mark_of, is_of_main
+from safepool.transport.marks import find_in_main, is_made_in_main, is_mark_of
 
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
@@ -98,20 +97,24 @@ class MainNames:
         if self._same.get(name) is thing:
             return True
         mark = None if self._marks is None else self._marks.get(name)
-        if mark is None or not is_mark_of(mark, thing):
+        if not is_mark_of(mark, thing):
             return False
         self._same[name] = thing
         return True
 
-    def has_at(self, path: str, thing: Any) -> bool:
-        """Tell whether a function, class or descriptor in a class is there; ``True`` in doubt."""
-        mark = (self._marks or {}).get(path)
-        is_one = issubclass(type(thing), (type, types.FunctionType))
-        found = [thing] if is_one else functions_in(thing).values()
-        if mark is None:  # some descriptors have none
-            is_marked = is_one or type(thing) in (staticmethod, classmethod)
-            return not (is_marked and any(map(is_of_main, found)))
-        return any(is_mark_of(mark, one) for one in found)
+    def others_at(self, things: Mapping[str, Any]) -> set[str]:
+        """Return the paths of functions, classes and descriptors that are not there.
+
+        Args:
+            things: All that is in one class, by path. What other modules have made for it is
+                there, too.
+        """
+        marks = self._marks or {}
+        return {
+            path
+            for path, thing in things.items()
+            if (path in marks or is_made_in_main(thing)) and not is_mark_of(marks.get(path), thing)
+        }
 
     def inside(self, name: str) -> list[str]:
         """Return the paths of functions and classes that are there in one of this name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import sys
 import types
 from _blake2 import blake2b  # the same as hashlib's, which loads OpenSSL: 3 ms in each process
@@ -73,6 +74,13 @@ def is_of_main(thing: Any) -> bool:
         return getattr(thing, "__module__", None) in MAIN_NAMES
     except TypeError:  # it is no text, and has no hash
         return False
+
+
+def is_made_in_main(thing: Any) -> bool:
+    """Tell the same of a function or class, or of the functions that a descriptor stands for."""
+    if issubclass(type(thing), (type, types.FunctionType)):
+        return is_of_main(thing)
+    return any(map(is_of_main, functions_in(thing).values()))
 
 
 # Globals of a program that runs in others than those of ``__main__``.
@@ -142,35 +150,56 @@ class Attributes:
             for all others: what the program has set at any time.
     """
 
-    __slots__ = ("_empty", "_spaces", "_thing", "by_path")
+    __slots__ = ("_bare", "_looks", "_thing", "by_path")
 
     def __init__(self, thing: Any) -> None:
         name = attribute_of(thing, "__qualname__")
-        seen: dict[int, Mapping[str, Any]] = {}
+        seen: dict[int, _Seen] = {}
         self.by_path: dict[str, Any] = dict(_attributes_on(thing, name, name, seen))
         self._thing = thing
-        self._empty = [space for space in seen.values() if not space]
-        self._spaces = [(space, _look_at(space)) for space in seen.values() if space]
+        # Most functions have no attributes: one look at all of them.
+        self._bare = [one for one, _, held in seen.values() if one and not held]
+        self._looks = [(one, space, _print_of(held)) for one, space, held in seen.values() if held]
 
     def are_still(self) -> bool:
         """Tell whether all are those of that moment; others than definitions may have changed."""
-        if not any(self._empty) and all(_look_at(one) == before for one, before in self._spaces):
-            return True
+        if any(map(_DICT_OF, self._bare)):
+            return self._are_same()
+        for function, space, before in self._looks:
+            if (function and function.__dict__ is not space) or _print_of(space.copy()) != before:
+                return self._are_same()
+        return True
+
+    def _are_same(self) -> bool:
         now = Attributes(self._thing)
         same = now.by_path.keys() == self.by_path.keys() and all(
             self.by_path[path] is one for path, one in now.by_path.items()
         )
         if same:
-            self._empty, self._spaces = now._empty, now._spaces
+            self._bare, self._looks = now._bare, now._looks
         return same
 
 
-def _look_at(space: Mapping[str, Any]) -> tuple[Any, ...]:
-    return *space, *map(id, space.values())
+_DICT_OF = operator.attrgetter("__dict__")
+
+
+def _print_of(held: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return names and the identities of what they are bound to."""
+    return *held, *map(id, held.values())
+
+
+# A function, as its space may be replaced, or ``None``; the live space; what it held, copied in
+# one step of C code, as other threads may change it at any time.
+_Seen = tuple[types.FunctionType | None, Any, dict[str, Any]]
+
+
+def _see(thing: Any) -> _Seen:
+    space: Any = space_of(thing)
+    return thing if type(thing) is types.FunctionType else None, space, space.copy()
 
 
 def _attributes_on(
-    thing: Any, path: str, name: str, seen: dict[int, Mapping[str, Any]]
+    thing: Any, path: str, name: str, seen: dict[int, _Seen]
 ) -> Iterator[tuple[str, Any]]:
     """Yield paths and what :attr:`Attributes.by_path` has for them.
 
@@ -178,20 +207,17 @@ def _attributes_on(
         thing: A function or class.
         path: Where it is found.
         name: Its qualified name, which is also that of the function around which it is a wrapper.
-        seen: By ``id()``, the attributes of objects that were looked into.
+        seen: By ``id()``, the looks at objects.
     """
     if id(thing) in seen:
         return
-    space = seen[id(thing)] = space_of(thing)
+    seen[id(thing)] = _, _, space = _see(thing)
     members = _members_of(thing)
-    is_dispatch = type(thing) is types.FunctionType and "registry" in space
+    is_dispatch = type(space.get("registry")) is types.MappingProxyType
     known = _OF_INTERPRETER | _OF_DISPATCH if is_dispatch else _OF_INTERPRETER
-    for attribute, value in [*space.items()]:
-        if attribute in known or (
-            # Of the interpreter's names those that are bound to code.
-            attribute[:2] == "__" == attribute[-2:]
-            and (members is not None or type(value) not in _CODE)
-        ):
+    for attribute, value in space.items():
+        is_special = attribute[:2] == "__" == attribute[-2:]
+        if attribute in known or (is_special and members is not None):
             continue
         # A member that is sent is looked up in the worker's class: its attributes do not travel.
         if members is not None and (attribute in members or _is_of_enumeration(attribute, value)):
@@ -213,15 +239,15 @@ def _attributes_on(
 
 
 def _attributes_in(
-    wrapper: Any, path: str, name: str, seen: dict[int, Mapping[str, Any]]
+    wrapper: Any, path: str, name: str, seen: dict[int, _Seen]
 ) -> Iterator[tuple[str, Any]]:
     """Yield the same of an object that stands for functions, and of these functions."""
     functions = functions_in(wrapper)
     for part, one in functions.items():
         yield from _attributes_on(one, f"{path}.{part}", name, seen)
     needed = {*parts_of(wrapper), *_OF_WRAPPERS}
-    space = seen[id(wrapper)] = space_of(wrapper)
-    for attribute, value in [*space.items()]:
+    seen[id(wrapper)] = _, _, space = _see(wrapper)
+    for attribute, value in space.items():
         is_of_function = any(vars(one).get(attribute) is value for one in functions.values())
         if not (attribute in needed or attribute[:1] == "_" or is_of_function):
             yield f"{path}.{attribute}", None
@@ -232,8 +258,6 @@ def functions_in(wrapper: Any) -> dict[str, types.FunctionType]:
     found = parts_of(wrapper)
     return {name: one for name, one in found.items() if type(one) is types.FunctionType}
 
-
-_CODE = frozenset({types.FunctionType, classmethod, staticmethod, property})
 
 # As functools needs them.
 _OF_WRAPPERS = frozenset({"attrname", "lock", "cache_parameters"})
@@ -355,8 +379,16 @@ DESCRIPTORS = (
 _NAMELESS = frozenset({int, float, str, bool, type(None), tuple, list, dict, set})
 
 
-# Set by abc.ABCMeta and functools.update_wrapper.
-_OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
+# Set by the interpreter, abc, copyreg, dataclasses, typing and functools. They do not say what a
+# class does, or belong to the process.
+_OF_INTERPRETER = frozenset(
+    {"__abstractmethods__", "__annotate__", "__annotate_func__", "__annotations__"}
+    | {"__annotations_cache__", "__dict__", "__doc__", "__firstlineno__", "__match_args__"}
+    | {"__module__", "__orig_bases__", "__parameters__", "__qualname__", "__slotnames__"}
+    | {"__slots__", "__static_attributes__", "__type_params__", "__weakref__", "__wrapped__"}
+    | {"__dataclass_fields__", "__dataclass_params__", "__name__", "_abc_impl"}
+    | {"__protocol_attrs__", "__non_callable_proto_members__"}
+)
 # What functools.singledispatch sets on its function.
 _OF_DISPATCH = frozenset({"register", "dispatch", "registry", "_clear_cache"})
 
@@ -381,41 +413,57 @@ def find_attribute(path: str) -> tuple[Any, ...]:
     return (found,)
 
 
+def set_on(thing: Any, name: str, value: object) -> None:
+    """Set an attribute of a function or class, without running code of its metaclass."""
+    try:
+        (type if issubclass(type(thing), type) else object).__setattr__(thing, name, value)
+    except TypeError:  # of ctypes, whose own way it must be
+        setattr(thing, name, value)
+
+
 def delete_from(thing: Any, name: str) -> None:
     """Delete an attribute of a function or class, without running code of its metaclass."""
     try:
         (type if issubclass(type(thing), type) else object).__delattr__(thing, name)
-    except TypeError:  # of ctypes, whose own way it must be
+    except TypeError:  # as above
         delattr(thing, name)
 
 
 def marks_of(module: types.ModuleType) -> dict[str, bytes]:
-    """Return a mark of each function and class that a module owns, by qualified name."""
+    """Return a mark of each function, class and descriptor that a module owns, by its path."""
     marks: dict[str, bytes] = {}
     for name, value in [*vars(module).items()]:
-        for found in _named(value, name):
-            marks.setdefault(found.__qualname__, mark_of(found))
+        for path, found in _named(value, name):
+            marks.setdefault(path, mark_of(found))
     return marks
 
 
-def _named(value: Any, path: str) -> Iterator[Any]:
-    """Yield the functions and classes under a name whose own name that is, and those inside."""
+def _named(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield what has the path for its own name, and what is inside of it, each with its path."""
     if issubclass(type(value), (type, types.FunctionType)):
         if value.__qualname__ == path and is_of_main(value):
-            yield value
+            yield path, value
             if issubclass(type(value), type):
-                for name, part in [*space_of(value).items()]:
-                    inner = part if issubclass(type(part), property) else _function_in(part)
-                    if issubclass(type(inner), (type, types.FunctionType)):
-                        yield from _named(inner, f"{path}.{name}")
+                yield from _named_in(value, path)
     elif str(getattr(type(value), "__module__", "")).partition(".")[0] in _WRAPPERS:
         attributes = dict(own_dict(value))
         if attributes.get("__qualname__") == path and attributes.get("__module__") in MAIN_NAMES:
-            yield value
+            yield path, value
         for name, part in attributes.items():
             if isinstance(part, types.FunctionType) and part.__qualname__ == f"{path}.{name}":
-                yield part
+                yield part.__qualname__, part
 
+
+def _named_in(kind: type, path: str) -> Iterator[tuple[str, Any]]:
+    for name, part in [*space_of(kind).items()]:
+        where = f"{path}.{name}"
+        if type(part) not in _IN_CLASSES:
+            yield from _named(part, where)
+        elif _qualname_in(part) == where:
+            yield where, part
+
+
+_IN_CLASSES = frozenset({*DESCRIPTORS, LRU_CACHE})
 
 # Modules whose objects stand for the function that they wrap, under its name.
 _WRAPPERS = frozenset({"functools", "safepool"})
@@ -424,23 +472,25 @@ _WRAPPERS = frozenset({"functools", "safepool"})
 def mark_of(thing: Any) -> bytes:
     """Return a mark that distinguishes functions or classes of the same name.
 
-    A class is known by its functions: its attributes may be set at any time.
+    A class is known by its functions: its attributes may be set at any time. A descriptor is known
+    by the functions that it stands for.
     """
+    if type(thing) in DESCRIPTORS:
+        return b"+".join(map(mark_of, functions_in(thing).values()))
     if isinstance(thing, type):
         return b"class" + b"".join(b"," + part for part in sorted(_parts_of_class(thing)))
-    code = getattr(thing, "__code__", None) or getattr(
-        getattr(thing, "__wrapped__", None), "__code__", None
-    )
-    return b"" if code is None else _mark_of_code(code)
+    function = thing if hasattr(thing, "__code__") else getattr(thing, "__wrapped__", None)
+    code = getattr(function, "__code__", None)
+    return b"" if code is None else _mark_of_code(code) + _mark_of_held(function)
 
 
-def is_mark_of(mark: bytes, thing: Any) -> bool:
+def is_mark_of(mark: bytes | None, thing: Any) -> bool:
     """Return whether a function or class has a mark from another process.
 
     Functions of a class may have been replaced since, but not all of them.
     """
     mine = mark_of(thing)
-    if not isinstance(thing, type):
+    if mark is None or not isinstance(thing, type):
         return mine == mark
     own, theirs = {*mine.split(b",")}, {*mark.split(b",")}
     return own <= theirs or bool(own & theirs - {b"class", b"0"})
@@ -468,6 +518,17 @@ def _mark_of_code(code: types.CodeType) -> bytes:
         mark.update(repr(about).encode("utf-8", "surrogatepass"))
         mark.update(one.co_code)
     return mark.hexdigest().encode()
+
+
+def _mark_of_held(function: Any) -> bytes:
+    """Return a mark of the plain values that a function has captured: a decorator's arguments."""
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if is_full(cell)]
+    plain = [repr(one) if type(one) in PLAIN else "" for one in held]
+    if not any(plain):
+        return b""
+    text = repr(plain).encode("utf-8", "surrogatepass")
+    return blake2b(text, digest_size=8).hexdigest().encode()
 
 
 def _parts_of_class(kind: type) -> Iterator[bytes]:

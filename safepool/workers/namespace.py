@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 from safepool.transport.additions import Addition, add
-from safepool.transport.marks import Absent, delete_from, find_attribute, main_space, space_of
+from safepool.transport.marks import (
+    Absent,
+    delete_from,
+    find_attribute,
+    main_space,
+    set_on,
+    space_of,
+)
 from safepool.transport.names import of_script
 from safepool.transport.payloads import loads
 
@@ -119,7 +126,7 @@ def _bind(name: str, value: Any) -> None:
         _unbind(holder, attribute)
     elif holder:
         found = find_attribute(holder) or (of_script(holder),)
-        setattr(found[0], attribute, value)
+        set_on(found[0], attribute, value)
     else:
         main_space()[name] = value
 

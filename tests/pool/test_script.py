@@ -363,10 +363,20 @@ BEFORE = """
 import functools, threading
 def wrapped(function):
     return functools.wraps(function)(lambda *args: function(*args))
+def times(count):
+    return lambda function: functools.wraps(function)(lambda *args: count * function(*args))
 DATA = None
 SETTINGS = {"a": 1}
 LOCK = threading.Lock()
-class Config:
+class Meta(type):
+    def __setattr__(cls, name, value):
+        raise TypeError(name)
+    def of_meta(cls): return "own"
+class Guarded(metaclass=Meta):
+    level = 1
+class Base:
+    def inherited(self): return "own"
+class Config(Base):
     debug = False
     table = [1]
     registry = {}
@@ -390,6 +400,8 @@ class Config:
     partial = functools.partialmethod(part, x=1)
     @wrapped
     def outside(self): return "own"
+    @times(2)
+    def multiplied(self): return 1
     @property
     @wrapped
     def decorated(self): return "own"
@@ -462,6 +474,39 @@ CHANGES: dict[str, tuple[str, str, str]] = {
         "Config().method()",
         "new",
     ),
+    "a method of its base": ("Base.inherited = lambda self: 'new'", "Config().inherited()", "new"),
+    "an attribute of its base": ("Base.level = 2", "Config.level", "2"),
+    "a method of its metaclass": (
+        "type.__setattr__(Meta, 'of_meta', lambda cls: 'new')",
+        "Guarded.of_meta()",
+        "new",
+    ),
+    "an attribute that its metaclass guards": (
+        "type.__setattr__(Guarded, 'level', 2)",
+        "Guarded.level",
+        "2",
+    ),
+    "a decorator with another argument": (
+        "Config.multiplied = times(3)(Config.multiplied)",
+        "Config().multiplied()",
+        "6",
+    ),
+    "a property around it": (
+        "Config.value = property(functools.wraps(Config.value.fget)(lambda self: 'new'))",
+        "Config().value",
+        "new",
+    ),
+    "None for a method that Python calls": (
+        "Config.__iter__ = None",
+        "vars(Config).get('__iter__', 1)",
+        "None",
+    ),
+    "a registry of a function": (
+        "work.registry = {}; work.registry['a'] = 1",
+        "work.registry",
+        "{'a': 1}",
+    ),
+    "all attributes of a function": ("work.__dict__ = {'mark': 1}", "work.mark", "1"),
     "a method that is new, of its own name": (
         """def extra(self): return "new"
     extra.__qualname__ = "Config.extra"
@@ -602,6 +647,36 @@ def test_a_class_stays_the_same_if_the_program_sets_an_attribute_after_a_call(
 
     told = ["(True, None)", "(True, 1)", "(True, 1)", "(True, 2)", "(True, None)"]
     assert out.splitlines() == told
+
+
+def test_names_that_the_program_has_deleted_cost_no_later_call(tmp_path: Path) -> None:
+    """In Python's own calls: a class may get and lose attributes for as long as the pool lives."""
+    program = """
+    class Config: pass
+    def look(): return sorted(name for name in vars(Config) if name[0] != "_")
+    def cost(pool):
+        calls, alone = [], False
+        while not alone:
+            calls.clear()
+            sys.setprofile(lambda frame, event, _: event == "call" and calls.append(1))
+            future = pool.submit(look)
+            alone = "_turn" in vars(future)
+            future.result()
+            sys.setprofile(None)
+        return len(calls)
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            pool.submit(look).result()
+            before = cost(pool)
+            for number in range(40):
+                setattr(Config, f"a{number}", 1)
+                pool.submit(look).result()
+                delattr(Config, f"a{number}")
+            print(pool.submit(look).result(), cost(pool) - before < 40)
+    """
+    out, _ = run(program, tmp_path)
+
+    assert out == "[] True\n"
 
 
 def test_an_attribute_is_deleted_nowhere_else(tmp_path: Path) -> None:

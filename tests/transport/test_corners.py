@@ -367,6 +367,39 @@ def test_the_programs_own_copy_stands_for_what_a_module_has_not() -> None:
 # --- names and marks ---------------------------------------------------------------------
 
 
+def test_attributes_are_looked_at_while_another_thread_changes_them() -> None:
+    """A loop over the dictionary itself is ended by an error when it changes its size."""
+
+    class Config:
+        pass
+
+    def change(letter: str) -> None:
+        for number in itertools.cycle(range(50)):
+            if over.is_set():
+                return
+            name = f"{letter}{number}"
+            if hasattr(Config, name):
+                delattr(Config, name)
+            else:
+                setattr(Config, name, number)
+
+    over = threading.Event()
+    threads = [threading.Thread(target=change, args=[letter]) for letter in "ab"]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        attributes = marks.Attributes(Config)
+        for _ in range(5000):
+            attributes.are_still()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+
+
 def test_what_is_not_there_is_said_or_nothing() -> None:
     assert not marks.is_full(types.CellType())
     assert not marks.is_of_main(types.SimpleNamespace(__module__=[]))

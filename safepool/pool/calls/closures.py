@@ -38,7 +38,12 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
     if table.added is not None:
         deliveries.append(table.added.delivery)
     needs = Needs(dict.fromkeys(deliveries))
-    return Closure(known, frozenset(walk.absent), table.beside, needs)
+    return Closure(
+        [one for one in known if not one.is_deleted_attribute],
+        frozenset(walk.absent),
+        table.beside,
+        needs,
+    )
 
 
 def _look_beside(table: Table) -> None:

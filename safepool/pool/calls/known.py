@@ -61,6 +61,11 @@ class Known:
     spent_s: float = 0.0
     asked: int = 0
 
+    @property
+    def is_deleted_attribute(self) -> bool:
+        """Whether this is a path that the program has deleted: its class tells of changes."""
+        return self.plain is ABSENT and "." in self.names[0]
+
     def is_still(self, space: Mapping[str, object]) -> bool:
         """Return whether the only value is unchanged, if its identity is enough."""
         name, value, attributes = self.names[0], self.plain, self.attributes

@@ -33,11 +33,11 @@ from safepool.pool.calls.values import (
 )
 from safepool.pool.hands import LateError, within
 from safepool.transport.held import Held, held_by_module
-from safepool.transport.marks import LRU_CACHE, Attributes, attribute_of, main_space
+from safepool.transport.marks import LRU_CACHE, Attributes, attribute_of, is_of_main, main_space
 from safepool.transport.names import mentioned_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from safepool.pool.calls.table import Table
 
@@ -210,14 +210,13 @@ class Walk:
         theirs = main.inside(name) if known is None else before
         gone = {one for one in theirs if one not in now and value_of(one) is ABSENT}
         self._gone |= gone
-        delivered = set() if known is None else {path for path in known.uses if "." in path}
-        changed = {
-            path
-            for path, own in now.items()
-            if own is None
-            or (not main.has_at(path, own) if known is None else before.get(path) is not own)
-        }
-        uses = uses_of(value).union(gone, delivered, changed)
+        own = {path: one for path, one in now.items() if one is not None}
+        if known is None:
+            changed = main.others_at(own)
+        else:
+            changed = {path for path, one in own.items() if before.get(path) is not one}
+            changed |= {path for path in known.uses if "." in path}
+        uses = uses_of(value).union(gone, now.keys() - own.keys(), changed, _above(value))
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
     def _there(self, name: str) -> Pickled | None:
@@ -323,6 +322,15 @@ class Walk:
                 # there.
                 born.append(0 if table.main and name not in table.known else None)
         return born
+
+
+def _above(value: object) -> Iterator[str]:
+    """Yield the names of the script's classes that a class has its methods from."""
+    if issubclass(type(value), type):
+        for one in (*attribute_of(value, "__mro__"), type(value)):
+            name = attribute_of(one, "__qualname__")
+            if one is not value and is_of_main(one) and value_of(name) is one:
+                yield name
 
 
 def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
