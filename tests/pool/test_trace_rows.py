@@ -125,13 +125,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def events_of(path: Path) -> tuple[TraceFile, Events]:
-    events = Events(str(path))
-    return events._file, events
-
-
 def test_an_event_of_many_functions_and_outcomes_names_them(tmp_path: Path) -> None:
-    opened, events = events_of(tmp_path / "trace")
+    events = Events(str(tmp_path / "trace"))
     calls = Calls(0, 9000, "f", "returned", 1, None, 1, 2000, 8000, 3000, 4000, 5000)
     calls.join("f", "returned", 1, None)
     calls.join("g", "raised", 2, "an error")
@@ -140,9 +135,9 @@ def test_an_event_of_many_functions_and_outcomes_names_them(tmp_path: Path) -> N
     for number in range(1100):
         events._quote(f"f{number}")
     assert len(events._quoted) < 1100
-    opened.close()
+    events.close()
 
-    *_, event = lines(tmp_path / "trace")
+    *_, event, _ = lines(tmp_path / "trace")
     args = event["args"]
     assert event["name"] == "2 functions"
     assert args["functions"] == {"f": 2, "g": 3}
@@ -168,27 +163,27 @@ def test_a_file_system_without_locks_is_written_as_well(
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", refuse)
-    opened, _ = events_of(tmp_path / "trace")
-    opened.close("]")
+    opened = Events(str(tmp_path / "trace"))
+    opened.close()
     assert lines(tmp_path / "trace")[0]["name"] == "safepool"
 
 
 def test_without_a_thread_the_lines_are_written_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, _ = events_of(tmp_path / "trace")
+    opened = Events(str(tmp_path / "trace"))
     monkeypatch.setattr(threading.Thread, "start", refuse_thread)
     opened.start(lambda: None)
     monkeypatch.undo()
     opened.add(" " * (file._MANY_BYTES + 1))
     assert os.path.getsize(tmp_path / "trace") > file._MANY_BYTES
-    opened.close("]")
+    opened.close()
 
 
 def test_a_disk_that_does_not_answer_keeps_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened, _ = events_of(tmp_path / "trace")
+    opened = Events(str(tmp_path / "trace"))
     descriptor = opened.descriptors()[0]
     goes_on = threading.Event()
     monkeypatch.setattr(file, "_ENDING_S", 0.0)
@@ -196,7 +191,7 @@ def test_a_disk_that_does_not_answer_keeps_nobody(
     opened.add(" " * (file._MANY_BYTES + 1))
     thread: Any = opened._thread
     opened.close()
-    assert not opened.open
+    assert not opened.ours
     assert "does not answer" in caplog.text
     goes_on.set()
     thread.join(60)
@@ -204,8 +199,8 @@ def test_a_disk_that_does_not_answer_keeps_nobody(
 
 
 def test_a_descriptor_that_the_program_has_closed_is_no_error(tmp_path: Path) -> None:
-    opened, _ = events_of(tmp_path / "trace")
-    opened.flush()
+    opened = Events(str(tmp_path / "trace"))
+    opened.write()
     os.close(opened.descriptors()[0])
     opened.close()
-    assert not opened.open
+    assert not opened.ours

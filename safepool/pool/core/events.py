@@ -1,5 +1,7 @@
 """Events of a pool, which the core processes, and actions, which it returns.
 
+The tables say what each means; a class has a docstring if its fields need one.
+
 event           delivered when                                     by
 Hired           a worker was started                               `Hire`
 Refused         a worker could not be started                      `Hire`
@@ -10,8 +12,8 @@ Fed             further calls of a map were queued                 a caller
 Answered        answers have arrived                               the worker
 Revoked         calls that had not begun were taken back           `Revoke`
 Seen            boards were read                                   `Look`
-Skipped         a worker came to a call that was taken back        the worker
-Unreadable      a worker could not read a batch                    the worker
+Skipped         a worker claimed a call while it was taken back    the worker
+Unreadable      a worker could not read the batch at a position    the worker
 Sent            a worker was sent work, or a part of it            `Send`
 Turned          callers have sent calls, and read answers          the turns
 Copied          work that was being copied was sent                the packer
@@ -37,12 +39,12 @@ Look            read boards                                        `Seen`
 Revoke          take back calls that a worker has not begun        `Revoked`
 Settle          end calls by their answers
 Wait            calls wait again that were marked as running
-Cancel          calls end as cancelled
-Fail            calls end as the pool breaks
+Cancel          calls, and maps, end as cancelled
+Fail            calls, and maps, end as the pool breaks
 Bury            report how a worker ended, fail its lost calls
-Stop            tell a worker to end
+Stop            tell a worker to end after the calls that it was sent
 Condemn         end a worker in the middle of a call
-EndNow          end a worker at once
+EndNow          end a worker at once, even in the middle of a call
 Distrust        end a worker that has violated the protocol
 PutOff          report that a start was refused, and is tried again later
 GiveUp          break the pool                                     `Break`
@@ -67,35 +69,25 @@ Force = Literal["", "ask", "terminate", "kill"]
 
 
 class Hired(NamedTuple):
-    """A worker was started."""
-
     worker: Member
     has_board: bool
 
 
 class Refused(NamedTuple):
-    """The system has refused to start a worker."""
-
     why: BaseException
 
 
 class Ready(NamedTuple):
-    """A worker's initializer has ended well."""
-
     worker: Member
     has_board: bool
 
 
 class InitFailed(NamedTuple):
-    """A worker's initializer has failed."""
-
     worker: Member
     error: BaseException | None = None
 
 
 class Queued(NamedTuple):
-    """Calls were submitted."""
-
     calls: Sequence[Call]
 
 
@@ -162,15 +154,11 @@ class Seen(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A worker came to a position that was taken back in the moment in which it claimed it."""
-
     worker: Member
     position: int
 
 
 class Unreadable(NamedTuple):
-    """A worker could not read the arguments of a batch, given by its first position."""
-
     worker: Member
     position: int
 
@@ -226,27 +214,19 @@ class NotSent(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """Work that was aside, and may be sent now."""
-
     works: Sequence[Given]
 
 
 class Cancelled(NamedTuple):
-    """The program has cancelled a call of a worker, or a run with calls of the worker."""
-
     worker: Member
     call: Call | Run
 
 
 class Outgrown(NamedTuple):
-    """A worker holds more memory than it may."""
-
     worker: Member
 
 
 class Exceeded(NamedTuple):
-    """A worker holds more memory than a call may have."""
-
     worker: Member
     what: MemoryExceeded
 
@@ -256,8 +236,6 @@ class Strangers(NamedTuple):
 
 
 class Parted(NamedTuple):
-    """A worker can no longer be sent anything."""
-
     worker: Member
 
 
@@ -346,8 +324,6 @@ class End(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Pickle work and send it to a worker."""
-
     worker: Who
     work: Span | list[Any]
 
@@ -360,8 +336,6 @@ class Hire(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Read the boards of workers."""
-
     workers: Sequence[Who]
 
 
@@ -388,20 +362,14 @@ class Settle(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Calls wait again that were marked as running."""
-
     works: Sequence[Given]
 
 
 class Cancel(NamedTuple):
-    """Calls, and maps, end as cancelled."""
-
     works: Sequence[Given]
 
 
 class Fail(NamedTuple):
-    """Calls, and maps, end as the pool breaks: those that waited, and those that workers had."""
-
     works: Sequence[Given]
 
 
@@ -413,8 +381,6 @@ class Bury(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Tell a worker to end after the calls that it was sent."""
-
     worker: Who
 
 
@@ -426,22 +392,16 @@ class Condemn(NamedTuple):
 
 
 class EndNow(NamedTuple):
-    """End a worker at once, even in the middle of a call."""
-
     worker: Who
     force: Force
 
 
 class Distrust(NamedTuple):
-    """End a worker that has violated the protocol."""
-
     worker: Who
     error: ValueError
 
 
 class PutOff(NamedTuple):
-    """Report that a start was refused: the pool goes on, and tries again later."""
-
     why: BaseException
 
 

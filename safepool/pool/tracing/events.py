@@ -43,15 +43,16 @@ Source: Trace Event Format, "Event Descriptions": complete, instant, counter, me
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safepool.pool.tracing.file import EVERY_S, TraceFile
+
+if TYPE_CHECKING:
+    import os
 
 # Number of the format above; new keys do not change it.
 SCHEMA = 1
@@ -100,8 +101,8 @@ class Calls:
         self.error = self.error or error
 
 
-class Events:
-    """Writes the events of one pool into a file, which replaces an existing one.
+class Events(TraceFile):
+    """The file of one pool's events.
 
     Attributes:
         short_ns: Calls that end within this time of an event's begin are joined with it; grows
@@ -109,8 +110,7 @@ class Events:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = TraceFile(path)
-        self._pid = os.getpid()
+        super().__init__(path)
         self._zero_ns = time.monotonic_ns()
         self.short_ns: int = _SHORT_NS
         self._next_bytes = _DOUBLES_BYTES
@@ -120,52 +120,31 @@ class Events:
         self._pids: dict[int, int] = {}
         self._counted: dict[str, str] = {}
         began = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._file.add("[\n")
+        self.add("[\n")
         self.of_pool("safepool", schema=SCHEMA, began=began)
         self.process(0, f"pool of process {self._pid}")
         self._meta("thread_name", 0, name="pool")
-        self._file.flush()
-
-    @property
-    def ours(self) -> bool:
-        """Whether events are still written, by this process."""
-        return os.getpid() == self._pid and self._file.open
-
-    @property
-    def dropped(self) -> int:
-        """Number of events that were left out, as the disk was too slow."""
-        return self._file.dropped
+        self.write()
 
     @property
     def look_every_ns(self) -> int:
         """The time between two readings of the counters."""
         return int(EVERY_S * 1e9) * (self.short_ns // _SHORT_NS)
 
-    def descriptors(self) -> Iterable[int]:
-        """Return the descriptors that a forked worker must close."""
-        return self._file.descriptors()
-
-    def start(self, look: Callable[[], object]) -> None:
-        """Start a thread that writes, and that calls ``look`` before each write."""
-        self._file.start(look)
-
-    def close(self) -> None:
-        """Write the remaining lines and the end, and close the file. Twice is once."""
-        if self.ours:
-            now, dropped = time.monotonic_ns(), ""
-            if self.dropped:  # also if the counter's own event was
-                rest = f'"name":"dropped events","args":{{"events":{self.dropped}}}'
-                dropped = self._line("C", 0, now, rest)
-            last = self._line("i", 0, now, f"{_instant('pool', 'end', 'p')}{{}}")
-            self._file.close(f"{dropped}{last[:-2]}\n]\n")
-        else:
-            self._file.close()
+    def last_lines(self) -> str:
+        """Return the end of the file, with the number of dropped events."""
+        now, dropped = time.monotonic_ns(), ""
+        if self.dropped:  # also if the counter's own event was
+            rest = f'"name":"dropped events","args":{{"events":{self.dropped}}}'
+            dropped = self._line("C", 0, now, rest)
+        last = self._line("i", 0, now, f"{_instant('pool', 'end', 'p')}{{}}")
+        return f"{dropped}{last[:-2]}\n]\n"
 
     def process(self, number: int, name: str) -> None:
         """Begin another process; the pool's own has the number 0."""
         zero = self._zero_ns
         rest = f'"name":"process_name","args":{_compact({"name": name})}'
-        self._file.add(self._line("M", 0, zero, rest, self._pid + number))
+        self.add(self._line("M", 0, zero, rest, self._pid + number))
 
     def row(self, number: int, process: int = 0) -> None:
         """Begin another row, of the process of that number."""
@@ -176,33 +155,33 @@ class Events:
     def of_pool(self, name: str, **args: Any) -> None:
         """Something happened to the pool."""
         rest = f"{_instant('pool', name, 'p')}{_compact(args)}"
-        self._file.add(self._line("i", 0, time.monotonic_ns(), rest))
+        self.add(self._line("i", 0, time.monotonic_ns(), rest))
 
     def of_worker(self, name: str, number: int, at_ns: int | None = None, **args: Any) -> None:
         """Something happened to the worker of a row, now if no time is given."""
         at_ns = time.monotonic_ns() if at_ns is None else at_ns
         rest = f"{_instant('worker', name, 't')}{_compact(args)}"
-        self._file.add(self._line("i", number, at_ns, rest))
+        self.add(self._line("i", number, at_ns, rest))
 
     def start_of_worker(self, number: int, begin_ns: int, end_ns: int, pid: int) -> None:
         """A worker has started."""
         rest = f'"cat":"start","name":"start of a worker","args":{{"pid":{pid}}}'
-        self._file.add(self._span(number, begin_ns, end_ns, rest))
+        self.add(self._span(number, begin_ns, end_ns, rest))
 
     def count(self, name: str, now_ns: int, args: str) -> None:
         """Write the values of counters; nothing is written again if nothing has changed."""
         # A counter keeps its value until the next event.
         if self._counted.get(name) != args:
             self._counted[name] = args
-            self._file.add(self._line("C", 0, now_ns, f'"name":"{name}","args":{{{args}}}'))
+            self.add(self._line("C", 0, now_ns, f'"name":"{name}","args":{{{args}}}'))
 
     def calls(self, number: int, calls: Calls) -> None:
         """Calls have ended."""
         name = calls.name if calls.names is None else f"{len(calls.names)} functions"
         quoted = self._quoted.get(name) or self._quote(name)
         rest = f'"cat":"task","name":{quoted},"args":{{{_arguments(calls)}}}'
-        self._file.add(self._span(number, calls.begin_ns, calls.end_ns, rest))
-        if self._file.written_bytes > self._next_bytes:
+        self.add(self._span(number, calls.begin_ns, calls.end_ns, rest))
+        if self.written_bytes > self._next_bytes:
             self._next_bytes += _DOUBLES_BYTES
             self.short_ns *= 2
 
@@ -224,7 +203,7 @@ class Events:
 
     def _meta(self, name: str, number: int, /, **args: Any) -> None:
         rest = f'"name":"{name}","args":{_compact(args)}'
-        self._file.add(self._line("M", number, self._zero_ns, rest))
+        self.add(self._line("M", number, self._zero_ns, rest))
 
 
 def _instant(category: str, name: str, scope: str) -> str:

@@ -65,13 +65,17 @@ class TraceFile:
         self._descriptor = _open(self._path)
 
     @property
-    def open(self) -> bool:
-        """Whether lines are still written."""
-        return self._descriptor >= 0
+    def ours(self) -> bool:
+        """Whether lines are still written, by this process."""
+        return self._descriptor >= 0 and os.getpid() == self._pid
 
     def descriptors(self) -> list[int]:
         """Return the descriptors that a forked worker must close."""
         return [self._descriptor] if self._descriptor >= 0 else []
+
+    def last_lines(self) -> str:
+        """Return what ends the file."""
+        return ""
 
     def start(self, look: Callable[[], object]) -> None:
         """Write new lines from now on, and call ``look`` before each write."""
@@ -81,7 +85,7 @@ class TraceFile:
                 self._wake.wait(EVERY_S)
                 self._wake.clear()
                 look()
-                self._write()
+                self.write()
 
         thread = threading.Thread(target=run, name="safepool-trace", daemon=True)
         try:
@@ -105,14 +109,10 @@ class TraceFile:
             if self._thread is not None:
                 self._wake.set()
             else:
-                self._write()
+                self.write()
 
-    def flush(self) -> None:
-        """Write the new lines. Only before :meth:`start`."""
-        self._write()
-
-    def close(self, last: str = "") -> None:
-        """Write waiting events and ``last``, and close the file. May be called twice."""
+    def close(self) -> None:
+        """Write waiting and last lines, and close the file. May be called twice."""
         if os.getpid() != self._pid:  # a fork of the program: the lines are the program's
             self._give_back()
             return
@@ -126,11 +126,12 @@ class TraceFile:
                 _log.warning("the trace %s is incomplete: its disk does not answer", self._path)
                 return
         if self._descriptor >= 0:
-            self._lines.append(last)
-            self._write()
+            self._lines.append(self.last_lines())
+            self.write()
         self._give_back()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the new lines. Only in the thread, if one was started."""
         # Others add meanwhile.
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         self._waiting_bytes = 0
