@@ -32,6 +32,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from support_books import check_books
 from support_orders import BadStateError, must
 
 from safepool.errors import MemoryExceeded, TaskTimeoutError
@@ -262,7 +263,7 @@ class World:
 
     def check(self) -> None:
         core = self.core
-        core.check()
+        check_books(core)
         staying = [one for one in core.members if not one.leaving]
         # While it becomes smaller some that are to go are busy, and those that stay may wait.
         full = len(staying) > self.size

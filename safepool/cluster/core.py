@@ -446,17 +446,6 @@ class Core:
             looks += [one.sent_s + _LATE_S for one in self._open() if self._has_surplus(one)]
         return min(looks, default=None)
 
-    def check(self) -> None:
-        """Check what holds between any two events."""
-        calls = [id(call) for call in self._backlog]
-        for one in self._places.values():
-            calls += [id(call) for call, _ in one.sent.values()]
-            assert one.state is State.OPEN or not one.sent, "a place that is not open has calls"
-        assert len(calls) == len(set(calls)), "a call is at two places"
-        nodes = [one.node for one in self._open()]
-        assert len(nodes) == len(set(nodes)), "a node has two agents"
-        assert self._most_nodes is None or len(nodes) <= self._most_nodes, "too many nodes"
-
     # Places come and go.
 
     def _listed(self, event: Listed) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from support_books import check_books
 from support_core import NOW, run_of, span_of, worker
 
 from safepool.pool.core import events as e
@@ -134,7 +135,7 @@ def put(member: Member, place: int, position: int) -> None:
 
 def complaint(core: Core) -> str:
     with pytest.raises(AssertionError) as raised:
-        core.check()
+        check_books(core)
     return str(raised.value)
 
 
@@ -193,7 +194,7 @@ WRONG: dict[str, tuple[list[Member], str]] = {
 def test_books_that_are_wrong(case: str) -> None:
     members, what = WRONG[case]
     core = Core(2)
-    core.check()
+    check_books(core)
     core.members = (*members,)
     assert complaint(core) == what
 
@@ -203,7 +204,7 @@ def test_books_that_are_right() -> None:
     gone = worker(1, index=1, phase=Phase.DYING, has_board=False)
     core.members = (worker(index=1), gone, *with_ledger(lambda one: have_answered(one, 0, 1)))
     core.handle(e.Fed(run_of(), [1, 2], last=True), NOW)
-    core.check()
+    check_books(core)
 
 
 def test_work_that_stands_in_two_places() -> None:
@@ -213,7 +214,7 @@ def test_work_that_stands_in_two_places() -> None:
     core.backlog.put_back([work])
     assert complaint(core) == "work stands in two places"
     core.backlog.clear()
-    core.check()
+    check_books(core)
     core.members[1].ledger.give(work)
     assert complaint(core) == "work stands in two places"
 
@@ -229,6 +230,6 @@ def test_a_map_that_waits_and_is_not_noted() -> None:
 def test_work_that_waits_in_vain(event: e.Event) -> None:
     core = Core(2)
     core.handle(event, NOW)
-    core.check()
+    check_books(core)
     core.backlog.put_back([span_of(run_of(), 1)])
     assert complaint(core) == "work waits in a pool that runs no more"

@@ -1,8 +1,7 @@
 """Decisions of the pool, without process, clock, lock, future and file.
 
 events     events of a pool, and actions: a table of each
-machine    the state machine: an event in, actions out; `Core.check`
-books      invariants of all that is known, after any event
+machine    the state machine: an event in, actions out
 reclaim    the choice of workers that give calls back, and the time of the next check
 worker     state of one worker, with its phase
 work       units of work: a call, or a span of calls of a map

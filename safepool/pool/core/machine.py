@@ -29,7 +29,6 @@ from safepool.errors import MemoryExceeded, TaskTimeoutError, text_of
 from safepool.pool.core import events as e
 from safepool.pool.core import reclaim
 from safepool.pool.core.backlog import Backlog
-from safepool.pool.core.books import violations
 from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.pace import Pace
 from safepool.pool.core.starts import Starts
@@ -100,18 +99,6 @@ class Core:
         if actions:
             self._actions = []
         return actions
-
-    def check(self) -> None:
-        """Check the books. For tests, after any event: the pool does not call it.
-
-        Raises:
-            AssertionError: An invariant does not hold; it tells which (``books``).
-        """
-        wrong = [*violations(self.members, self.backlog)]
-        if self.backlog and (self._broken or self._cancelling):
-            wrong.append("work waits in a pool that runs no more")
-        if wrong:
-            raise AssertionError("; ".join(wrong))
 
     @property
     def owes(self) -> bool:

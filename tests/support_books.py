@@ -1,4 +1,4 @@
-"""Invariants of the core's books, which hold between any two events (`Core.check`).
+"""Invariants of the core's books, which hold between any two events.
 
 Not covered:
     * Facts that only the core's owner knows: whether a worker was told of what its ledger says,
@@ -16,10 +16,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from safepool.pool.core.backlog import Backlog
+    from safepool.pool.core.machine import Core
     from safepool.pool.core.worker import Member
 
 
-def violations(members: Sequence[Member], backlog: Backlog) -> Iterator[str]:
+def check_books(core: Core) -> None:
+    """Raise ``AssertionError`` with the invariants that do not hold."""
+    wrong = [*_violations(core.members, core.backlog)]
+    if core.backlog and (core._broken or core._cancelling):
+        wrong.append("work waits in a pool that runs no more")
+    if wrong:
+        raise AssertionError("; ".join(wrong))
+
+
+def _violations(members: Sequence[Member], backlog: Backlog) -> Iterator[str]:
     """Yield what is wrong with the workers and the waiting work of a pool."""
     for member in members:
         for what in _wrong_in(member):
