@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.cluster.messages import Buffers, PickledArguments, PickledFunction, pickle_arguments
-from safepool.pool.calls.tasks import PoolFuture, begin, fail, finish
+from safepool.pool.calls.tasks import PoolFuture, fail, finish
 from safepool.pool.core.work import Call
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Submitted(Call):
 
     def begin(self) -> bool:
         """Become running; ``False`` if it was cancelled."""
-        return self.future.running() or begin(self.future)
+        return self.future.running() or self.future.begin()
 
     def succeed(self, value: Any, nbytes: int) -> None:  # noqa: ARG002
         """End with a result."""
@@ -80,7 +80,6 @@ class Submitted(Call):
 
     def fail(self, error: BaseException) -> None:
         """End with an exception."""
-        self.future.begin()
         fail(self.future, error)
 
     def cancel(self) -> None:

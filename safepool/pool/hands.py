@@ -43,6 +43,8 @@ _log = ContainedLogger()
 
 # A job that runs for so long may wait for something: it no longer counts as one of the most.
 _STUCK_S = 0.05
+PATIENCE_S = 0.005
+"""So long the scheduler waits for a job: most end by then, and keep the order of submission."""
 HELD_UP_S = 0.5
 """So long no call begins behind one that is being pickled. An import may take that long."""
 STANDS_S = 5.0
@@ -180,11 +182,28 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
     return found  # type: ignore[no-any-return]
 
 
-class Job:
-    """Something that one thread runs, and the scheduler may wait for; finished once."""
+class _Turn:
+    """Something that one thread runs, and another may wait for at the place."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run: Callable[[], None] | None = run
+        self.ended: bool = False
+        self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def run(self, failed: str) -> None:
+        """Run it once; ``failed`` is logged with its exception."""
+        run, self._run = self._run, None
+        assert run is not None
+        _contain(run, failed)
+        del run  # its references are dropped here, at once
+        self.ended = True
+
+
+class Job(_Turn):
+    """A turn that the scheduler may wait for, and that it finishes once."""
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
-        self.run: Callable[[], None] | None = run
+        super().__init__(run)
         self._finish: Callable[[], None] | None = finish
         self.begun_s: float = 0.0
         self._ident = 0
@@ -192,20 +211,14 @@ class Job:
         self._clock = 0
         self._used, self._rests_since_s = math.nan, 0.0
         self._may_be_passed = False
-        self.ended: bool = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
         self._turn = [True]
-        self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do(self) -> bool:
         """Run it, and return whether the scheduler still waits."""
-        run, self.run = self.run, None
-        assert run is not None
         self._ident = threading.get_ident()
         self._clock = _clock_of(self._ident)
-        _contain(run, "a job of the pool's own failed")
-        del run  # its references are dropped here, at once
-        self.ended = True
+        self.run("a job of the pool's own failed")
         return self._decide()
 
     def finish(self) -> None:
@@ -431,25 +444,6 @@ class Hands:
             self.come_back(more=False)
 
 
-class _Turn:
-    """Something that a teller runs in its turn."""
-
-    __slots__ = ("ended", "place", "run")
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.run: Callable[[], None] | None = run
-        self.ended = False
-        self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def do(self) -> None:
-        run, self.run = self.run, None
-        assert run is not None
-        _contain(run, "a callback of a future raised")
-        del run
-        self.ended = True
-        self.place.put(None)
-
-
 class Teller:
     """Runs jobs in one thread, in their order. The thread is started with the first."""
 
@@ -477,7 +471,7 @@ class Teller:
             try:
                 thread.start()
             except RuntimeError:  # the interpreter shuts down, or there are too many
-                turn.do()
+                self._do(turn)
                 return
             self._thread = thread
         if self._last is None or self._last.ended:
@@ -507,5 +501,9 @@ class Teller:
 
     def _run(self) -> None:
         while (turn := self._given.get()) is not None:
-            turn.do()
+            self._do(turn)
             del turn
+
+    def _do(self, turn: _Turn) -> None:
+        turn.run("a callback of a future raised")
+        turn.place.put(None)

@@ -134,10 +134,7 @@ class Latch:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return whether it opens in time; ``None`` waits without a limit."""
-        return self.is_open or self._waiters.wait(self._is_open, timeout_s)
-
-    def _is_open(self) -> bool:
-        return self.is_open
+        return self.is_open or self._waiters.wait(lambda: self.is_open, timeout_s)
 
 
 class Bell:

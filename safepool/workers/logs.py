@@ -45,7 +45,6 @@ from safepool.transport.marks import PLAIN
 
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
-# These travel in one pickle; each other object in a separate one, which may fail alone.
 
 _formatter = logging.Formatter()
 

@@ -71,7 +71,7 @@ def worker_main(
         find_space()
     if told.forked:
         be_fork()
-    sock = _adopt(end)
+    sock = end if isinstance(end, socket.socket) else socket.socket(fileno=_take(end))
     _end_with_the_parent(sock)
     be_worker(sock, board, told, [_take(handle) for handle in inherited])
 
@@ -158,12 +158,6 @@ def be_taken_before_the_program(*, server: bool = False) -> None:
 _OOM_SCORE = "/proc/self/oom_score_adj"
 # In a fork server and its forks, until they are workers: the program's value.
 _programs_score: int | None = None
-
-
-def _adopt(end: Any) -> socket.socket:
-    sock = end if isinstance(end, socket.socket) else socket.socket(fileno=_take(end))
-    sock.setblocking(True)
-    return sock
 
 
 def _open_board(handle: Any) -> Board:

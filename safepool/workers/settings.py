@@ -98,11 +98,6 @@ def _changed() -> None:
     _revision += 1
 
 
-def module_of(row: Setting) -> ModuleType | None:
-    """Return the module that holds a setting, if it has been imported to its end."""
-    return imported(row.module)
-
-
 class Packed(NamedTuple):
     """A setting on its way to a worker.
 

@@ -42,10 +42,10 @@ _UNINTERRUPTIBLE_S = 0.05
 
 
 if sys.platform == "win32":
-    _STOP = _KILL = signal.SIGTERM  # TerminateProcess; there are no descendants to be found
+    _STOP = KILL = signal.SIGTERM  # TerminateProcess; there are no descendants to be found
     _AT_ONCE = 0
 else:
-    _STOP, _KILL = signal.SIGSTOP, signal.SIGKILL
+    _STOP, KILL = signal.SIGSTOP, signal.SIGKILL
     _AT_ONCE = os.WNOHANG
 
 
@@ -77,8 +77,8 @@ class TreeEnd:
             self.found |= new
             if (new or not stopped) and elapsed_s < _STOPPING_S:
                 return False
-            worker.end(_KILL)
-        signal_all(self.found, _KILL)
+            worker.end(KILL)
+        signal_all(self.found, KILL)
         return True
 
 

@@ -25,7 +25,7 @@ from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.calls.mapping import MapRun
-from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by
+from safepool.pool.calls.tasks import PoolFuture, callbacks_by
 from safepool.pool.core import reclaim, starts
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import hiring, scheduler
@@ -334,7 +334,7 @@ def test_a_cancelled_task_in_the_queue_is_passed_over_in_silence(
 ) -> None:
     future = PoolFuture()
     assert future.cancel_running()
-    assert not begin(future)
+    assert not future.begin()
     assert not caplog.records
 
 
@@ -343,7 +343,7 @@ def test_a_cancellation_and_the_beginning_of_a_task_may_meet() -> None:
     # Without the GIL the system changes threads, and on a busy machine takes its time for each.
     for _ in range(200 if sysconfig.get_config_var("Py_GIL_DISABLED") else 2000):
         future = PoolFuture()
-        thread = threading.Thread(target=begin, args=(future,))
+        thread = threading.Thread(target=future.begin)
         thread.start()
         assert future.cancel_running()
         thread.join()

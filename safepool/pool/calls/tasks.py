@@ -481,18 +481,13 @@ class Task(Call):
 
     def is_wanted(self) -> bool:
         """Whether it was not cancelled. If it was, waiting threads are woken."""
-        return not self.future.cancelled() or begin(self.future)
-
-
-def begin(future: PoolFuture) -> bool:
-    """Mark a future as running; ``False`` if it was cancelled, or has already ended."""
-    return future.begin()
+        return not self.future.cancelled() or self.future.begin()
 
 
 def cancel(future: PoolFuture) -> None:
     """End a future that no worker has begun."""
     _end(future.cancel)
-    begin(future)
+    future.begin()
 
 
 def finish(future: PoolFuture, result: object) -> None:
@@ -501,8 +496,9 @@ def finish(future: PoolFuture, result: object) -> None:
 
 
 def fail(future: PoolFuture, error: BaseException) -> None:
-    """End a future with an exception, unless it has already ended."""
-    _end(future.set_exception, error)
+    """End a future with an exception, unless it was cancelled or has already ended."""
+    if future.running() or future.begin():
+        _end(future.set_exception, error)
 
 
 def _end(end: Callable[..., object], *arguments: object) -> None:

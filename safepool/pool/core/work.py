@@ -68,6 +68,7 @@ class Run(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Call:
     """A call that is sent separately.
 
@@ -78,32 +79,17 @@ class Call:
         noted: Notes of a listener; unset without a listener.
     """
 
-    __slots__ = (
-        "attempts",
-        "done",
-        "expected_ns",
-        "name",
-        "noted",
-        "number",
-        "pickled",
-        "policy",
-        "position",
-    )
-
-    attempts: int
-    done: int
-    expected_ns: int
-    noted: Any
-    number: int
-    position: int
+    name: str
+    policy: Policy
+    attempts: int = 0
+    position: int = 0
+    done: int = 0
+    expected_ns: int = 0
+    number: int = 0
+    pickled: Any = None
+    noted: Any = field(init=False)
     count = 1
     bound = False
-
-    def __init__(self, name: str, policy: Policy) -> None:
-        self.name: str = name
-        self.policy: Policy = policy
-        self.pickled: Any = None
-        self.attempts = self.position = self.done = self.expected_ns = self.number = 0
 
     def is_wanted(self) -> bool:
         """Whether anybody waits for its result."""

@@ -28,11 +28,11 @@ from safepool.errors import without_our_frames
 from safepool.machine import tell_once
 from safepool.pool.calls.deliveries import Needs
 from safepool.pool.calls.pickling import Pickling
-from safepool.pool.calls.tasks import begin, fail
+from safepool.pool.calls.tasks import fail
 from safepool.pool.core.backlog import kept_for
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
-from safepool.pool.hands import HELD_UP_S, Hands
+from safepool.pool.hands import HELD_UP_S, PATIENCE_S, Hands
 from safepool.pool.shell.settings import Settings, Telling
 from safepool.transport.channel import size_of
 from safepool.transport.frames import Filed, Kind, encode
@@ -69,9 +69,6 @@ _AT_ONCE_BYTES = 4 << 20
 
 # Sets of names that a worker is known to have.
 _MOST_DELIVERED = 256
-# Time to wait for a pickle of another thread. Most pickles are ready by then, and calls begin in
-# the order of submission.
-_PATIENCE_S = 0.005
 # Between two looks whether what is being pickled still keeps a worker.
 _LOOK_S = 0.25
 # Pickles made at a time, and calls that may wait for theirs.
@@ -308,7 +305,7 @@ class Dispatch:
         group: list[tuple[int, bytes | memoryview]] = []
         first, full = worker.ledger.last + 1, False
         for place, task in enumerate(tasks):
-            if not begin(task.future):
+            if not task.future.begin():
                 continue
             if task.pickled is None and not self._prepare(task):
                 full = self._keeps_all(task)
@@ -379,7 +376,7 @@ class Dispatch:
             elif late:
                 self._back.append(work)
 
-        job = self.hands.do(pickle_it, finish, _PATIENCE_S)
+        job = self.hands.do(pickle_it, finish, PATIENCE_S)
         if job is not None:
             late = True
             self.aside[work] = job
@@ -419,8 +416,7 @@ class Dispatch:
     def fail(self, work: Task | Span, error: BaseException) -> None:
         """End the calls of work with an exception."""
         if not isinstance(work, Span):
-            if work.future.running() or begin(work.future):
-                fail(work.future, error)
+            fail(work.future, error)
             return
         run: MapRun = work.run
         for place in range(work.count):
@@ -494,7 +490,7 @@ class Dispatch:
             self._packing = False
 
         self._packing = True
-        self.hands.do(hiring.pack, finish, _PATIENCE_S)
+        self.hands.do(hiring.pack, finish, PATIENCE_S)
         return not self._packing
 
     def need_first(self, names: frozenset[str]) -> None:

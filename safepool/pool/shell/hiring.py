@@ -155,11 +155,6 @@ class Hiring:
             OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
-        worker = self._start(place)
-        self.started.open()
-        return worker
-
-    def _start(self, place: int) -> Worker:
         told = replace(
             self._told,
             index=place,
@@ -172,6 +167,7 @@ class Hiring:
         )
         worker = Worker(self._method, told, board=Board.create(), given_up=self.given_up)
         worker.index = place
+        self.started.open()
         return worker
 
     def close(self) -> None:

@@ -24,7 +24,6 @@ from safepool.pool.calls.results import OpenMaps
 from safepool.pool.calls.tasks import (
     PoolFuture,
     Task,
-    begin,
     callbacks_by,
     cancel,
     fail,
@@ -220,8 +219,7 @@ class Loop:
             except IndexError:  # emptied meanwhile
                 return
             if isinstance(late, Task):
-                if begin(late.future):
-                    fail(late.future, self._refusal())
+                fail(late.future, self._refusal())
             elif isinstance(late, e.Fed):
                 run: Any = late.run
                 run.stop(self._refusal)
@@ -695,7 +693,7 @@ def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> No
         entry.stop(error)
     elif isinstance(entry, Span):
         entry.run.give_up(entry, error)
-    elif entry.future.running() or begin(entry.future):
+    else:
         fail(entry.future, error())
 
 

@@ -19,10 +19,11 @@ import weakref
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.hands import HELD_UP_S
+from safepool.pool.hands import HELD_UP_S, PATIENCE_S
+from safepool.threads.imports import imported
 from safepool.transport.marks import PLAIN
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.settings import Packed, module_of, pack_setting, revision, settings
+from safepool.workers.settings import Packed, pack_setting, revision, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +40,6 @@ _log = ContainedLogger()
 
 # Pause between two checks, as a multiple of the last check's duration.
 _PAUSE = 50
-# The same as for the pickle of a call (``dispatch``).
-_PATIENCE_S = 0.005
 
 
 class _Seen:
@@ -107,7 +106,7 @@ class Settings:
         self._made_of = (len(sys.modules), revision())
         found = []
         for row in settings():
-            module = module_of(row)
+            module = imported(row.module)
             if module is not None:
                 seen = self._seen.get(row.name)
                 if seen is None or seen.row is not row or seen.module is not module:
@@ -212,7 +211,7 @@ class Telling:
             if asked:
                 self._asked_at = time.monotonic()
                 run = functools.partial(self._ask, asked)
-                if self._hands.do(run, self._come_back, _PATIENCE_S) is None:
+                if self._hands.do(run, self._come_back, PATIENCE_S) is None:
                     self._look()
             if self._asked_at is None:
                 self._known = state

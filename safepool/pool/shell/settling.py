@@ -8,7 +8,7 @@ from safepool.errors import MemoryLimitError
 from safepool.pool.calls.tasks import Task, fail, finish, rebuild
 from safepool.pool.core.events import Answered
 from safepool.pool.core.work import Span
-from safepool.pool.hands import Hands
+from safepool.pool.hands import PATIENCE_S, Hands
 from safepool.transport import payloads, trusted
 from safepool.transport.frames import Kind
 from safepool.transport.growing import OBJECTS, loaded_bytes
@@ -32,9 +32,7 @@ _SMALL_BYTES = 64 * 1024
 _ARRIVED_BYTES = 256 * 1024
 # A smaller result takes less than the error in its place.
 _LEAST_REFUSED_BYTES = 128
-# Time to wait for the hands' unpickling: most results are ready by then. The number of results
-# that they get at a time.
-_PATIENCE_S = 0.005
+# Results that the hands unpickle at a time.
 _MOST_READ = 16
 
 
@@ -145,7 +143,7 @@ class Settling:
                         work.run.tell()
 
             self._unread.append(answer)
-            if self.hands.do(answer.read, finish, _PATIENCE_S) is not None:
+            if self.hands.do(answer.read, finish, PATIENCE_S) is not None:
                 return Exception() if answer.kind == Kind.EXCEPTION else None
         else:
             self._end(answer)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import selectors
 import signal
 import socket
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.tree import TreeEnd, bury
+from safepool.workers.tree import KILL, TreeEnd, bury
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,11 +56,6 @@ _ORPHANS_LOOK_S = 0.05
 _STACK_S = 0.15
 # Of a worker that goes on to fill the memory meanwhile: 80 MB more, at 1 GB a second.
 _STACK_OF_A_HOG_S = 0.08
-
-if sys.platform == "win32":
-    _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
-else:
-    _KILL = signal.SIGKILL
 
 
 class Staff:
@@ -307,7 +301,7 @@ class Staff:
         """Kill the remaining workers, and close every descriptor."""
         for worker in self:
             try:
-                worker.end(_KILL)
+                worker.end(KILL)
                 self._forget(worker)
                 worker.close()
             except Exception:  # noqa: BLE001 -- one that resists must not keep the others
@@ -398,7 +392,7 @@ class Staff:
                 self._kill(worker)
 
     def _kill(self, worker: Worker) -> None:
-        worker.end(_KILL)
+        worker.end(KILL)
         self._expect_death(worker)
 
     def _expect_death(self, worker: Worker) -> None:

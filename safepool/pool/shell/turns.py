@@ -49,7 +49,6 @@ from __future__ import annotations
 import operator
 import os
 import select
-import signal
 import sys
 import time
 from collections import deque
@@ -64,6 +63,7 @@ from safepool.transport import trusted
 from safepool.transport.channel import NO_SIGPIPE
 from safepool.transport.growing import OBJECTS
 from safepool.workers.messages import batch_frame, call_frame, read_answer, read_answers
+from safepool.workers.tree import KILL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -105,8 +105,6 @@ _LOOK_MS = 250
 _MOMENT_S, _MOMENT_LOOKS = 1.0, 2000
 # Bells that interrupts may cost a pool.
 _MOST_LOST = 64
-
-_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 # Functions written in C, which are called one after the other in one step.
 _Steps: TypeAlias = "tuple[Callable[[], object], ...]"
@@ -684,7 +682,7 @@ class Turns:
         return work
 
     def _kill(self, staff: Staff, worker: Worker) -> None:
-        worker.end(_KILL)
+        worker.end(KILL)
         worker.wait(_MOMENT_S)
         staff.send_no_more(worker)
 
