@@ -21,6 +21,7 @@ ended.
     collect         it reads the answer of worker k; the pool learns of these when it next awakes
     fill            all workers are to be started
     refuse, retry   the system refuses the next start; the time of another attempt has come
+    spoil           the script raises an error when it is run for the next start
     resize, cancel, close, terminate   of the pool
 """
 
@@ -192,7 +193,10 @@ class World:
         self.workers: list[Worker] = []
         self.hired = 0
         self.closing = self.stopped = self.broken = False
-        self.filling = self.refusing = False
+        self.filling = False
+        # Who refuses the next start, and how often the script has in a row.
+        self.refusing = ""
+        self.spoilt = 0
         self.letters = {**scenario.calls, **scenario.poison, **dict.fromkeys(scenario.late, "")}
         self.late = scenario.late
         policy = self.policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
@@ -376,8 +380,11 @@ class World:
     def do_hire(self, action: e.Hire) -> e.Refused | None:
         must(not self.waits, "a worker is started before the time of the next attempt")
         if self.refusing:
-            self.refusing = False
-            return e.Refused(OSError("refused"))
+            by_script = self.refusing == "script"
+            self.spoilt += by_script
+            self.refusing = ""
+            return e.Refused(RuntimeError() if by_script else OSError("refused"), by_script)
+        self.spoilt = 0
         # The others take so long to end that their place is given away.
         owed = [work for one in self.workers if one.leaving for work in one.ledger]
         for work in owed:
@@ -463,10 +470,14 @@ class World:
 
     def do_putoff(self, _: e.PutOff) -> None:
         must(self.hired, "a pool that never had a worker goes on without")
+        goes_on = self.spoilt < 3 or self.core.members
+        must(goes_on, "a pool without workers runs the script a fourth time")
 
     def do_giveup(self, action: e.GiveUp) -> None:
         refused = action.reason == "cannot start a worker: refused"
         must(not (refused and self.hired), "a pool that had a worker gives up at once")
+        early = self.hired and self.spoilt in (1, 2)
+        must(not early, "a pool gives up before the script has failed three times")
         if not self.broken:
             self.broken = True
             self.tell(e.Break())
@@ -772,7 +783,10 @@ class World:
         self.filling = True
 
     def on_refuse(self) -> None:
-        self.refusing = True
+        self.refusing = "system"
+
+    def on_spoil(self) -> None:
+        self.refusing = "script"
 
     def on_retry(self) -> None:
         look_ns = self.core.next_look(self.now_ns)
@@ -842,7 +856,7 @@ class World:
             sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),
             sorted(self.budget.items()),
             self.size, self.closing, core.force, self.stopped, self.broken, self.refusing,
-            self.passes,
+            self.passes, self.spoilt,
             self.scenario.is_queue and [names[key] for key in self.order if key in names],
             self.key_of_starts(),
         )  # fmt: skip
@@ -853,7 +867,7 @@ class World:
         starts = vars(self.core)["_starts"]
         since_ns = vars(starts)["_refused_since_ns"]
         return (
-            *map(vars(starts).get, ("_crashed", "_killed", "_had_one")),
+            *map(vars(starts).get, ("_crashed", "_killed", "_had_one", "_failed")),
             since_ns and self.now_ns - since_ns,
             self.waits and starts.not_before_ns - self.now_ns,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures.process import _RemoteTraceback
 from multiprocessing import process as known
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,7 +69,17 @@ class HasReadError(Exception):
 
 
 class CannotRunError(Exception):
-    """The script's top level cannot be run in a server."""
+    """The script's top level cannot be run in a server. The cause is its exception, if any.
+
+    Attributes:
+        by_script: Whether the script's own code is the reason.
+        ends: Whether the script's own code ends each process that runs it.
+    """
+
+    def __init__(self, problem: str, *, by_script: bool = True, ends: bool = False) -> None:
+        super().__init__(problem)
+        self.by_script = by_script
+        self.ends = ends
 
 
 class Wish(NamedTuple):
@@ -255,13 +266,17 @@ class RunningServer:
             raise CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
         except (LostError, ConnectionError):
             ending = self.await_the_end()
-            if again and self.was_ended_from_outside:
+            own = not self.was_ended_from_outside
+            if again and not own:
                 raise  # no fault of the script's
-            raise CannotRunError(f"while it was run, the fork server {ending}") from None
+            told = f"while it was run, the fork server {ending}"
+            raise CannotRunError(told, by_script=own, ends=own) from None
         if what == "threads":
             raise self._useless(report, imported=bool(self._asked))
         if report["problem"]:
-            raise CannotRunError(report["problem"])
+            trace = report["trace"]
+            cause = _RemoteTraceback(trace) if trace else None
+            raise CannotRunError(report["problem"], ends=bool(trace)) from cause
         if report["seconds"] > _LONG_RUN_S:
             _log.warning(
                 "the top level of %s took %.1f s in the fork server, imports included, before "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from safepool.workers import asking, forkserver
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.plan import MainPlan, ScriptLostError
+from safepool.workers.plan import MainPlan, ScriptFailedError, ScriptLostError
 from safepool.workers.preload import modules_learned, modules_of_the_program
 from safepool.workers.start import StartMethod, WorkerStart
 
@@ -81,11 +81,20 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             return None
         if self._marks is not None:  # the pool's calls refer to it by now
             return plan
-        problem = forkserver.not_runnable.get(forkserver.attempt_of(plan, changes))
-        if problem is not None:
-            self.plan = plan.without(problem)
+        error = forkserver.not_runnable.get(forkserver.attempt_of(plan, changes))
+        if error is not None:
+            self._do_without(plan, error)
             return None
         return plan
+
+    def _do_without(self, plan: MainPlan, error: asking.CannotRunError) -> None:
+        self.plan, self._marks = plan.without(str(error)), None
+        if self._asked_only and error.ends:
+            self.script_error: BaseException | None = ScriptFailedError(
+                f"each worker runs {plan.name or plan.path}, and {error}. Move work that workers "
+                'do not need below if __name__ == "__main__":, or leave mp_context= out'
+            )
+            self.script_error.__cause__ = error.__cause__
 
     def is_asked_by(self, frame: FrameType | None) -> None:
         """Take note of the caller: the script is not run if its top level itself asks."""
@@ -110,6 +119,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         """Run the script in the server; if it cannot be run there, functions travel by value.
 
         Raises:
+            ScriptFailedError: Workers have the script's names, and its own code fails now.
             OSError: Workers have the script's names, and later ones cannot have them now.
         """
         plan = self._plan_now(changes)
@@ -152,14 +162,12 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         """Let functions travel by value from now on, if no worker has the script's names."""
         problem = str(error)
         if self._relied_on:
-            raise OSError(
-                f"{plan.name or plan.path}, which the pool's calls refer to, cannot be run in "
-                f'another fork server: {problem}. Pass main="value" to send functions by value'
-            ) from None
-        self.plan, self._marks = plan.without(problem), None
+            raise _cannot_again(plan, error) from error.__cause__
+        self._do_without(plan, error)
         attempt = forkserver.attempt_of(plan, changes)
         if attempt not in forkserver.not_runnable:
-            forkserver.not_runnable[attempt] = problem
+            error.__traceback__ = error.__context__ = None  # it is kept, without the frames
+            forkserver.not_runnable[attempt] = error
             _log.log(
                 # With more threads a BLAS starts some when the script imports it. This also tells
                 # a user of the standard library's way.
@@ -194,6 +202,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         Raises:
             OSError: Also if no server could be kept running, or the script, which was run for
                 this pool's workers, cannot be run again.
+            ScriptFailedError: The same, and the script's own code is the reason.
             ScriptLostError: The script cannot be run again, and the pool has had no worker.
         """
         try:
@@ -229,3 +238,12 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             ) from None
         self._relied_on = plan is not None
         return worker
+
+
+def _cannot_again(plan: MainPlan, error: asking.CannotRunError) -> Exception:
+    told = ScriptFailedError(
+        f"{plan.name or plan.path}, which the pool's calls refer to, cannot be run in another "
+        f"fork server: {error}. Move work that workers do not need below "
+        'if __name__ == "__main__":, or pass main="value"'
+    )
+    return told if error.by_script else OSError(str(told))

@@ -71,7 +71,7 @@ def say_what(error: Exception, result: object, done: Reductions, *, look: bool) 
 
 def describe(error: BaseException) -> list[bytes | memoryview]:
     """Return segments of (pickled exception or None, type, text, traceback, reason)."""
-    trace = _trace(error, users_frames(error.__traceback__))
+    trace = trace_of(error, users_frames(error.__traceback__))
     text = text_of(error)
     name = _name(type(error))
     # Frames hold the task's arguments; the other end could not use them anyway. By the base
@@ -110,7 +110,8 @@ def _speaks(error: BaseException) -> bool:
     return True
 
 
-def _trace(error: BaseException, frames: TracebackType | None) -> str:
+def trace_of(error: BaseException, frames: TracebackType | None) -> str:
+    """Return the text of an exception with these frames, whatever its own code does."""
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
     except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details

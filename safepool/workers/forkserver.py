@@ -14,6 +14,8 @@ Failures and their treatment:
                             A pool that has had workers tries on: its calls refer to their names.
     the script cannot be    The pool uses another server without the script, and its functions
     run there               travel by value. The log says so once.
+    it cannot be run again  A pool whose calls refer to its names tries on. Without workers the
+                            pool breaks after the third error of the script in a row.
     an import crashes or    Another server is started without that library: threads make every
     starts threads          fork unsafe.
     a server does not       The server is killed, and another is started.
@@ -50,7 +52,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safepool.workers import launch, upkeep
+from safepool.workers import asking, launch, upkeep
 from safepool.workers.identity import can_start, place, rights
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class _Setting(NamedTuple):
 
 _servers: dict[_Setting, upkeep.Server] = {}
 # By attempt, why a script cannot be run in a server.
-not_runnable: dict[tuple[str | None, ...], str] = {}
+not_runnable: dict[tuple[str | None, ...], asking.CannotRunError] = {}
 _servers_lock = threading.Lock()
 
 

@@ -43,6 +43,10 @@ class ScriptLostError(OSError):
     """The script was run for a pool, and later workers do not have its results."""
 
 
+class ScriptFailedError(RuntimeError):
+    """The script's own code fails when it is run again. The cause is its exception, if any."""
+
+
 class MainPlan(NamedTuple):
     """Way of ``__main__`` into the workers of one pool, and the reason.
 

@@ -47,6 +47,7 @@ from safepool.errors import text_of
 from safepool.transport.fingerprints import ABSENT, fingerprint
 from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
+from safepool.workers.describe import trace_of
 from safepool.workers.fork import flush
 
 assert sys.platform == "linux"
@@ -78,7 +79,7 @@ def run_script(
     """
     server = os.getpid()
     module = types.ModuleType("__mp_main__")
-    problem, begin = "", time.monotonic()
+    problem, trace, begin = "", "", time.monotonic()
     before = {key: sys.modules.get(key) for key in ("__main__", "__mp_main__")}
     others = _children()  # started by a start file of every interpreter
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
@@ -90,6 +91,7 @@ def run_script(
             exec(prepared, vars(module))
         except BaseException as error:  # noqa: BLE001 -- user code; SystemExit too
             problem = _described(error, path or str(getattr(module, "__file__", "")))
+            trace = trace_of(error, _frames_of(error))
     if os.getpid() != server:  # a fork of the script's own has come to its end
         _flush()
         os._exit(0)
@@ -107,6 +109,7 @@ def run_script(
         marks = marks_of(module)
     return {
         "problem": problem,
+        "trace": trace,
         "seconds": seconds,
         "marks": marks,
         "exits": bool(_at_exit),
@@ -301,6 +304,14 @@ def _described(error: BaseException, path: str) -> str:
         trace = trace.tb_next
     where = f"line {line} of its top level" if line else "it"
     return f"{where} raises {type(error).__name__}: {text_of(error)}"
+
+
+def _frames_of(error: BaseException) -> types.TracebackType | None:
+    """Return the frames of an exception without those of this module."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals is globals():
+        frames = frames.tb_next
+    return frames
 
 
 def _children() -> dict[int, str]:

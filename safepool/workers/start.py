@@ -101,11 +101,13 @@ class StartMethod:
         is_fork: Whether a worker is a copy of this process.
         by_value: Whether functions of the script always travel by value.
         runs_script: Whether each worker runs the script itself, and does not report the result.
+        script_error: Exception of the script in each worker, as far as it is known.
     """
 
     is_fork = False
     by_value = False
     runs_script = False
+    script_error: BaseException | None = None
 
     def start(
         self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]

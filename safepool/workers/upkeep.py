@@ -245,7 +245,7 @@ class Server:
                 raise
         failed = f"{_MOST_STARTS} fork servers in a row failed; the last {why}"
         if self._afresh:
-            raise asking.CannotRunError(failed)
+            raise asking.CannotRunError(failed, by_script=False)
         raise asking.CannotForkError(failed)
 
     def _give_rights(self, running: asking.RunningServer, given_up: Callable[[], bool]) -> None:

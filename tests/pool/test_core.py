@@ -65,6 +65,9 @@ SCENARIOS: dict[str, Scenario] = {
     "the system refuses the only worker": Scenario(
         {"a": ""}, size=1, retries=1, budget={"refuse": 2, "die": 1, "fill": 1}
     ),
+    "the script fails for the next worker": Scenario(
+        {"a": ""}, size=1, retries=1, budget={"spoil": 3, "die": 1}
+    ),
     "an initializer fails": Scenario(TWO, budget={"fail": 1}),
     "one death breaks the pool": Scenario(
         TWO, size=1, break_on_death=True, retries=1, budget={"die": 2}
@@ -335,6 +338,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "the system refuses the only worker",
         "if alone and (lasts or",
         "if alone or (lasts or",
+    ),
+    "the script is not run again": (
+        "the script fails for the next worker",
+        "self._failed >= _MOST_CRASHED",
+        "self._failed >= 1",
+    ),
+    "the script is run again for half a minute": (
+        "the script fails for the next worker",
+        "lasts = lasts or self._failed >= _MOST_CRASHED",
+        "lasts = lasts and self._failed >= _MOST_CRASHED",
     ),
     "nobody looks after the time of the next attempt": (
         "the system refuses the only worker",

@@ -303,6 +303,38 @@ def test_a_pool_that_has_lost_its_workers_tries_for_half_a_minute() -> None:
     assert isinstance(refuse(core, NO_THREAD, NOW), e.GiveUp)
 
 
+FAILED = RuntimeError("line 3 of its top level raises KeyError: 1")
+
+
+def spoil(core: Core, now_ns: int) -> e.Action:
+    (action,) = core.handle(e.Refused(FAILED, by_script=True), now_ns)
+    return action
+
+
+def test_a_pool_that_has_lost_its_workers_runs_the_script_three_times() -> None:
+    core, member = core_of(waiting=1), worker()
+    for _ in range(2):
+        core.handle(e.Hired(member, has_board=True), NOW)  # it begins anew
+        core.members = ()
+        for pause_ns in (50 * MS, 100 * MS):
+            assert spoil(core, NOW) == e.PutOff(FAILED)
+            assert core.next_look(NOW) == NOW + pause_ns
+    assert spoil(core, NOW) == e.GiveUp(f"cannot start a worker: {FAILED}", FAILED)
+
+
+def test_a_pool_that_has_workers_runs_the_script_after_pauses_of_at_most_a_second() -> None:
+    core, now_ns = core_of(worker(9, MS), waiting=1), NOW
+    for pause_ns in [50 * MS << times for times in range(5)] + 100 * [1000 * MS]:
+        assert hired_at(core, now_ns)
+        assert spoil(core, now_ns) == e.PutOff(FAILED)
+        assert not hired_at(core, now_ns + pause_ns - 1)
+        now_ns += pause_ns
+
+
+def test_a_pool_whose_script_fails_for_its_first_worker_gives_up() -> None:
+    assert spoil(core_of(), NOW) == e.GiveUp(f"cannot start a worker: {FAILED}", FAILED)
+
+
 # One row per pool of the size 3 whose workers are all to be started: its workers, how many could
 # not be ended, and how many are started.
 FILLED: dict[str, tuple[list[Member], int, int]] = {

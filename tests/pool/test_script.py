@@ -180,6 +180,116 @@ def test_a_pool_with_calls_by_name_waits_for_a_server_that_can_run_the_script(
     assert "by value" not in err
 
 
+# One row per way in which a top level fails: the code, what the error tells, and the last line of
+# the traceback that is its cause.
+FAILS: dict[str, tuple[str, str, str]] = {
+    "raises": (
+        "json.loads('no')",
+        "of its top level raises JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+        "json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+    ),
+    "exits": ("sys.exit(3)", "of its top level raises SystemExit: 3", "SystemExit: 3"),
+    "is interrupted": (
+        "raise KeyboardInterrupt('c')",
+        "of its top level raises KeyboardInterrupt: c",
+        "KeyboardInterrupt: c",
+    ),
+    "kills its process": ("os._exit(7)", "the fork server ended with exit code 7", ""),
+}
+
+# Prints the error of each call, and the causes of the first.
+TELL_ERRORS = """
+    def tell(calls):
+        errors = [call.exception() for call in calls]
+        print(len({str(error) for error in errors}), repr(errors[0]))
+        print(repr(errors[0].__cause__), "".join(traceback.format_exception(errors[0])))
+"""
+
+
+@pytest.mark.parametrize("what", FAILS)
+def test_a_top_level_that_fails_when_it_is_run_again_breaks_a_pool_without_workers(
+    what: str, tmp_path: Path
+) -> None:
+    """Its calls refer to names that only a run makes. It is run three times, and not on and on."""
+    code, reason, last = FAILS[what]
+    program = f"""
+    import json, signal, traceback
+    if __name__ != "__main__" and os.path.exists("fail"):
+        {code}
+    {TELL_ERRORS}
+    if __name__ == "__main__":
+        with safepool.ProcessPool(2, max_tasks_per_child=1) as pool:
+            server = pool.submit(os.getppid).result()
+            pool.submit(tell, [1]).exception()
+            open("fail", "w").close()
+            os.kill(server, signal.SIGKILL)
+            tell([pool.submit(tell, []) for _ in range(5)])
+    """
+    out, err = run(program, tmp_path)
+
+    told, trace = out.split("\n", 1)
+    assert told.startswith("1 PoolBrokenError("), err
+    assert reason in told
+    assert "Move work that workers do not need below" in told
+    assert 'or pass main="value"' in told
+    assert f"\n{last}\n" in trace
+    assert (", in <module>" in trace) is bool(last)
+    assert "script.py" not in trace  # no frame of the package's own
+    assert runs(tmp_path) == "PSSSS"
+
+
+def test_a_top_level_that_fails_twice_when_it_is_run_again_is_run_a_third_time(
+    tmp_path: Path,
+) -> None:
+    program = """
+    import signal
+    if __name__ != "__main__" and os.path.exists("fail-1"):
+        os.unlink("fail-2" if os.path.exists("fail-2") else "fail-1")
+        raise RuntimeError
+    def look():
+        return __name__, os.getppid()
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
+            name, server = pool.submit(look).result()
+            for file in ("fail-1", "fail-2"):
+                open(file, "w").close()
+            os.kill(server, signal.SIGKILL)
+            print(name, *{pool.submit(look).result()[0] for _ in range(3)})
+    """
+    out, err = run(program, tmp_path)
+
+    assert out == "__mp_main__ __mp_main__\n", err
+    assert runs(tmp_path) == "PSSSS"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("what", FAILS)
+def test_workers_of_the_standard_library_that_end_with_the_script_tell_its_error(
+    what: str, method: str, tmp_path: Path
+) -> None:
+    """Each of two pools: the second knows it from the first."""
+    code, reason, last = FAILS[what]
+    program = f"""
+    import json, traceback
+    if __name__ != "__main__":
+        {code}
+    {TELL_ERRORS}
+    if __name__ == "__main__":
+        for _ in range(2):
+            with safepool.ProcessPool(2, {method!r}) as pool:
+                tell([pool.submit(abs, n) for n in range(5)])
+    """
+    out, err = run(program, tmp_path)
+
+    pools = out.split("1 PoolBrokenError(")[1:]
+    assert len(pools) == 2, err
+    for told, trace in (pool.split("\n", 1) for pool in pools):
+        assert "3 workers in a row died before they ran a task" in told
+        assert reason in told
+        assert "or leave mp_context= out" in told
+        assert f"\n{last}\n" in trace
+
+
 def test_two_pools_share_the_run_and_one_by_value_has_none(tmp_path: Path) -> None:
     program = """
     def look():

@@ -74,7 +74,10 @@ class Hired(NamedTuple):
 
 
 class Refused(NamedTuple):
+    """A worker could not be started; ``by_script``: because the program's script has failed."""
+
     why: BaseException
+    by_script: bool = False
 
 
 class Ready(NamedTuple):
@@ -409,7 +412,8 @@ class GiveUp(NamedTuple):
     """Break the pool.
 
     Attributes:
-        ask: Whether to look for a system call that is refused to every worker: a likely cause.
+        ask: Whether to look for a likely cause: a system call that is refused to every worker, or
+            the script.
     """
 
     reason: str

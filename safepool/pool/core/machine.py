@@ -185,7 +185,7 @@ class Core:
 
     def _refused(self, event: e.Refused) -> None:
         alone = not self.members
-        self._actions.append(self._starts.refused(event.why, self._now_ns, alone=alone))
+        self._actions.append(self._starts.refused(event, self._now_ns, alone=alone))
 
     def _ready(self, event: e.Ready) -> None:
         member = event.worker

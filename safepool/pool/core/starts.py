@@ -3,7 +3,8 @@
 A pool bears a limited number of useless workers in a row, which ended before they did any work. A
 crash has a cause that stays: an initializer, a broken library. A kill from outside (``SIGKILL``
 and ``SIGTERM``, sent by the out-of-memory killer and by service managers) hits any worker, and on
-a busy host several new workers in a row.
+a busy host several new workers in a row. An error of the script, when it is run again for the next
+worker, is like a crash.
 
 Not covered:
     * Execution of a start: ``shell.hiring`` does that, and tells whether the system refuses it.
@@ -33,8 +34,8 @@ _MOST_LOST = 2
 # workers tries for this long.
 _RETRY_NS = 1_000_000_000
 _RETRYING_NS = 30_000_000_000
-# Useless workers in a row; those killed from outside with pauses that add up to a quarter of a
-# minute.
+# Useless workers in a row, or errors of the script; kills from outside have pauses that add up to
+# a quarter of a minute.
 _MOST_CRASHED, _MOST_KILLED = 3, 20
 _FIRST_PAUSE_NS, _MOST_PAUSE_NS = 50_000_000, 1_000_000_000
 
@@ -62,6 +63,8 @@ class Starts:
         self._haunted: set[int] = set()
         self._had_one = False
         self._refused_since_ns: int | None = None
+        # Errors of the script in a row.
+        self._failed = 0
 
     def missing(self, members: Sequence[Member]) -> int:
         """Return how many more workers the pool may have."""
@@ -126,20 +129,27 @@ class Starts:
 
     def was_started(self) -> None:
         """Note that a worker has been started."""
-        self._had_one, self._refused_since_ns = True, None
+        self._had_one, self._refused_since_ns, self._failed = True, None, 0
 
     def was_of_use(self) -> None:
         """Note that a worker has done something."""
         self._crashed = self._killed = 0
 
-    def refused(self, why: BaseException, now_ns: int, *, alone: bool) -> e.GiveUp | e.PutOff:
-        """Decide about a start that the system refuses; ``alone``: the pool has no worker."""
+    def refused(self, refusal: e.Refused, now_ns: int, *, alone: bool) -> e.GiveUp | e.PutOff:
+        """Decide about a start that is refused; ``alone``: the pool has no worker."""
+        why, pause_ns = refusal.why, _RETRY_NS
         if self._refused_since_ns is None:
             self._refused_since_ns = now_ns
         lasts = now_ns - self._refused_since_ns > _RETRYING_NS
-        if alone and (lasts or not self._had_one or not isinstance(why, OSError)):
+        if refusal.by_script:
+            self._failed += 1
+            lasts = lasts or self._failed >= _MOST_CRASHED
+            pause_ns = _pause_ns(self._failed)
+        else:
+            lasts = lasts or not isinstance(why, OSError)
+        if alone and (lasts or not self._had_one):
             return e.GiveUp(f"cannot start a worker: {text_of(why)}", why)
-        self.not_before_ns = now_ns + _RETRY_NS
+        self.not_before_ns = now_ns + pause_ns
         return e.PutOff(why)
 
     def after(self, ending: Ending, now_ns: int) -> Iterator[e.GiveUp]:
@@ -164,7 +174,7 @@ class Starts:
         pause_ns = 0
         if ending.exitcode in FROM_OUTSIDE and not ending.by_pool:
             self._killed += 1
-            pause_ns = min(_FIRST_PAUSE_NS << (self._killed - 1), _MOST_PAUSE_NS)
+            pause_ns = _pause_ns(self._killed)
             is_borne = self._killed < _MOST_KILLED
         else:
             self._crashed += 1
@@ -180,6 +190,11 @@ class Starts:
         # After a death from outside, the next call might meet the same end.
         ask = ending.oom is None and (ending.by_pool or (ending.exitcode or 0) >= 0)
         yield e.GiveUp(why, ask=ask)
+
+
+def _pause_ns(times: int) -> int:
+    """Return the pause after as many failures in a row."""
+    return min(_FIRST_PAUSE_NS << min(times - 1, _MOST_KILLED), _MOST_PAUSE_NS)
 
 
 def _keeps_place(member: Member, now_ns: int) -> bool:

@@ -107,6 +107,11 @@ class Hiring:
         self.names.learn(marks, self._prints if marks else None)
 
     @property
+    def script_error(self) -> BaseException | None:
+        """Exception of the script, where each worker runs it."""
+        return self._script.script_error
+
+    @property
     def packs_at_once(self) -> bool:
         """Whether :meth:`pack` runs no code of the program."""
         return self._initialize[0] is None

@@ -48,7 +48,7 @@ from safepool.transport.room import make_room
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
 from safepool.workers.messages import read_values
-from safepool.workers.plan import ScriptLostError
+from safepool.workers.plan import ScriptFailedError, ScriptLostError
 from safepool.workers.preload import learn
 
 if TYPE_CHECKING:
@@ -538,7 +538,8 @@ class Loop:
             self.wake()
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
             if not (self._asked or isinstance(error, InterruptedError)):  # it was given up
-                return e.Refused(refusals.explain(error))
+                by_script = isinstance(error, ScriptFailedError)
+                return e.Refused(error if by_script else refusals.explain(error), by_script)
         return None
 
     def _hire_one(self, staff: Staff) -> None:
@@ -664,7 +665,7 @@ class Loop:
 
     def _give_up(self, staff: Staff, action: e.GiveUp) -> None:
         reason, cause, ask = action
-        if ask and (cause := refused_call()) is not None:
+        if ask and (cause := refused_call() or self._hiring.script_error) is not None:
             reason += f": {cause}"
         self._break(staff, PoolBrokenError(reason), cause)
 
@@ -719,7 +720,7 @@ _DO: dict[type[e.Action], Callable[[Loop, Staff, Any], e.Event | None]] = {
     e.EndNow: lambda _, staff, do: staff.end(do.worker, do.force),
     e.Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
     e.PutOff: lambda _, __, do: _log.warning(
-        "cannot start another worker: %s. The pool goes on with the workers that it has",
+        "cannot start another worker: %s. The pool tries again, with the workers that it has",
         text_of(do.why),
     ),
     e.GiveUp: Loop._give_up,
