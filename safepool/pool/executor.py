@@ -289,10 +289,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         workers = min(self._budget.workers, MOST_WORKERS)
         of_all: Mapping[str, str] = {} if env is None or callable(env) else env
         self._own = _own_variables(env, gpus, of_all)
-        if self._own is not None:
-            self._own.prepare(workers)
-        of_first = {} if self._own is None else self._own.of(0)
-        for override in overridden(threads, {**of_all, **of_first}):
+        self._own.prepare(workers)
+        for override in overridden(threads, {**of_all, **self._own.of(0)}):
             log_once(
                 f"{override.variable}={override.value} in env= replaces the cap on "
                 f"{override.runtime}, {override.instead_of}. Leave it out of env= to keep the cap"
@@ -464,8 +462,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             ...     sorted(pool.map(abs, [-1, -2]))
             [1, 2]
         """
-        if self._own is not None:
-            self._own.prepare(max_workers)
+        self._own.prepare(max_workers)
         self._scheduler.resize(max_workers)
 
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -602,10 +599,8 @@ def _own_variables(
     env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None,
     gpus: Literal["auto"] | int | Sequence[int | str] | None,
     of_all: Mapping[str, str],
-) -> Variables | None:
-    """Return what each worker has for itself; ``None`` if all have the same."""
-    if gpus is None and not callable(env):
-        return None
+) -> Variables:
+    """Return what each worker has for itself."""
     devices = {} if gpus is None else devices_of(gpus)
     said = {name: ids for name, ids in devices.items() if name not in of_all}
     return Variables(said, env if callable(env) else None)

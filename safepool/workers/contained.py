@@ -35,25 +35,15 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
 
     def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
         """Log, and contain what handlers and filters raise."""
-        try:
-            if has_handlers_elsewhere():
-                self._log_elsewhere(level, msg, args, keywords)
-            elif self.isEnabledFor(level):
-                with around():
-                    # The caller's caller: the record is not about this frame.
-                    super().log(level, msg, *_shown(args), stacklevel=2, **keywords)
-        except Exception:  # noqa: BLE001 -- user code
-            report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
-
-    def _log_elsewhere(
-        self, level: int, msg: object, args: tuple[object, ...], keywords: dict[str, Any]
-    ) -> None:
-        # The answer for a level is usually in the cache; otherwise logging computes it under a
-        # lock.
-        wanted: dict[int, bool] = getattr(self.logger, "_cache", {})
-        if wanted.get(level) is False or not _is_heard(self.logger):
+        if has_handlers_elsewhere():
+            # The answer for a level is usually in the cache; otherwise logging computes it under a
+            # lock.
+            wanted: dict[int, bool] = getattr(self.logger, "_cache", {})
+            if wanted.get(level) is False or not _is_heard(self.logger):
+                return
+        elif not self.isEnabledFor(level):
             return
-        frame: Any = sys._getframe(2)
+        frame: Any = sys._getframe(1)
         while frame.f_globals.get("__name__") == "logging":
             frame = frame.f_back
         place = frame.f_code.co_filename, frame.f_lineno

@@ -24,7 +24,7 @@ import time
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sized
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.mapping import Coming
@@ -71,42 +71,17 @@ _Items = Iterable[_A] | AsyncIterable[_A]
 _AHEAD = 1024
 
 
-class Executor(Protocol):
-    """Methods that :class:`AwaitedCalls` needs of the executor."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Schedule a call, without waiting if the thread runs an event loop."""
-        ...
-
-    @property
-    def map(self) -> Callable[..., Any]:
-        """Return a function that schedules calls and returns a `ResultIterator`."""
-        ...
-
-    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
-        """Cancel a call, with ``kill`` also one that runs."""
-        ...
-
-    def kill_workers(self) -> None:
-        """Give the executor up, and end what runs, without waiting."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-        /,
-    ) -> bool | None: ...
-
-
 class AwaitedCalls:
-    """The part of an executor that coroutines use."""
+    """The part of an executor that coroutines use.
+
+    It calls the executor's ``submit``, ``map``, ``cancel``, ``kill_workers`` and ``__exit__``.
+    """
 
     __slots__ = ()
 
     @overload
     async def run(
-        self: Executor,
+        self,
         fn: Callable[_P, Coroutine[Any, Any, _T]],
         /,
         *args: _P.args,
@@ -114,11 +89,9 @@ class AwaitedCalls:
     ) -> _T: ...
 
     @overload
-    async def run(
-        self: Executor, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
-    ) -> _T: ...
+    async def run(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
 
-    async def run(self: Executor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    async def run(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``fn(*args, **kwargs)`` in a worker and await the result; the loop is not blocked.
 
         Cancelling the coroutine while it waits, as ``asyncio.timeout()`` does, ends the task. A
@@ -172,7 +145,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[[_A], Coroutine[Any, Any, _T]],
         a: _Items[_A],
         /,
@@ -181,12 +154,12 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Raising]
+        self, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Raising]
     ) -> AsyncResults[_T]: ...
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[..., Coroutine[Any, Any, _T]],
         a: _Items[Any],
         b: _Items[Any],
@@ -197,7 +170,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[..., _T],
         a: _Items[Any],
         b: _Items[Any],
@@ -208,7 +181,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[[_A], Coroutine[Any, Any, _T]],
         a: _Items[_A],
         /,
@@ -217,12 +190,12 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Returning]
+        self, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Returning]
     ) -> AsyncResults[_T | BaseException]: ...
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[..., Coroutine[Any, Any, _T]],
         a: _Items[Any],
         b: _Items[Any],
@@ -233,7 +206,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
+        self,
         fn: Callable[..., _T],
         a: _Items[Any],
         b: _Items[Any],
@@ -244,7 +217,7 @@ class AwaitedCalls:
 
     @checked("amap", timeout=TIME_TO_WAIT)
     def amap(
-        self: Executor,
+        self: Any,
         fn: Callable[..., Any],
         *iterables: _Items[Any],
         timeout: float | None = None,
@@ -321,7 +294,7 @@ class AwaitedCalls:
         return self
 
     async def __aexit__(
-        self: Executor,
+        self: Any,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,

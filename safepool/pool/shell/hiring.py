@@ -35,7 +35,7 @@ class Hiring:
     Args:
         told: Facts that each worker receives.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
-        own: Variables of each single worker; ``None`` if all workers have the same.
+        own: Variables of each single worker.
         may_fork: Whether workers are forks of this process if the initializer cannot be pickled.
         main: Source of the script in workers.
 
@@ -57,10 +57,10 @@ class Hiring:
         *,
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
-        placement: Placement | None = None,
-        own: Variables | None = None,
-        may_fork: bool = False,
-        main: str = "value",
+        placement: Placement | None,
+        own: Variables,
+        may_fork: bool,
+        main: str,
     ) -> None:
         self._method = method
         self._script = script_method(method, main)
@@ -163,7 +163,7 @@ class Hiring:
         told = replace(
             self._told,
             index=place,
-            own={} if self._own is None else self._own.of(place),
+            own=self._own.of(place),
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             by_name=bool(self.names),
             descriptors=tuple(self.inheritance.descriptors),

@@ -107,6 +107,12 @@ _NOBODY = _Opening()
 _NOBODY.open()
 
 
+def _wake(scheduler: Callable[[], Loop | None], _: object) -> None:  # race E
+    found = scheduler()
+    if found is not None:
+        found.wake()
+
+
 class Scheduler(Loop):
     """Runs tasks in worker processes, and survives any effect of a task on its worker.
 
@@ -205,21 +211,10 @@ class Scheduler(Loop):
         results = Results(run, iter(items), self, ahead, deadline)
         # Once all calls are queued the pool may be dropped: results arrive without it.
         iterator = results.iterate(None if results.exhausted else keep)
-        run.reader = weakref.ref(iterator, self._wake_when_gone)
+        run.reader = weakref.ref(iterator, partial(_wake, self._me))
         if not results.exhausted and ahead is None:
             self._open.add(iterator, results, self._do_elsewhere)
         return iterator
-
-    @property
-    def _wake_when_gone(self) -> Callable[[object], None]:
-        me = self._me
-
-        def wake(_: object) -> None:  # race E
-            found = me()
-            if found is not None:
-                found.wake()
-
-        return wake
 
     def _do_elsewhere(self, function: Callable[[], None]) -> None:
         if threading.current_thread() is self._thread:
