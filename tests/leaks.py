@@ -27,7 +27,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -442,6 +442,16 @@ def _describe_thread(ident: int, thread: threading.Thread | None, frame: FrameTy
     return f"thread {name}{daemon}{place}"
 
 
+def _held_by(servers: Any) -> list[int]:
+    """Return what this process keeps open for fork servers and their workers."""
+    if hasattr(servers, "descriptors"):
+        found: list[int] = servers.descriptors()
+        return found
+    running = [one.running for one in [*servers._servers.values()] if one.running is not None]
+    sockets = [one._sock for one in (*running, *servers.launch._kept)]
+    return [*servers.launch.line, *(sock.fileno() for sock in sockets)]
+
+
 def _helpers() -> tuple[set[int], set[int]]:
     pids: set[int] = set()
     descriptors: set[int] = set()
@@ -451,7 +461,7 @@ def _helpers() -> tuple[set[int], set[int]]:
         if servers is not None:
             pids.update(servers.running())
             pids.update(getattr(servers, "keepers", list)())
-            descriptors.update(servers.descriptors())
+            descriptors.update(_held_by(servers))
     for row in HELPERS:
         holder = getattr(sys.modules.get(row.module), row.holder, None)
         pids.add(getattr(holder, row.pid, None) or 0)

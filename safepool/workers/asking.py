@@ -130,10 +130,6 @@ class RunningServer:
         """Process id of the server; ``None`` if unknown."""
         return self._process.pid or None
 
-    def fileno(self) -> int:
-        """Return the descriptor of the socket."""
-        return self._sock.fileno()
-
     @property
     def was_ended_from_outside(self) -> bool:
         """Whether it was killed from outside."""

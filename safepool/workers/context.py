@@ -69,19 +69,19 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         # Whether a worker has the script's names: the pool's calls refer to them.
         self._relied_on = False
 
-    def prepare(self, changes: Mapping[str, str | None]) -> bool:
+    def prepare(self, told: WorkerStart) -> bool:
         """Start the server, if none runs; ``False`` if each worker is a fresh interpreter."""
-        with self._server(changes, self._plan_now(changes)) as server:
+        with self._server(told, self._plan_now(told)) as server:
             return server.start()
 
-    def _plan_now(self, changes: Mapping[str, str | None]) -> MainPlan | None:
+    def _plan_now(self, told: WorkerStart) -> MainPlan | None:
         """Return the plan that is carried out; ``None`` where nothing is run."""
         plan = self.plan
         if plan is None or plan.mode == "value":
             return None
         if self._marks is not None:  # the pool's calls refer to it by now
             return plan
-        error = forkserver.not_runnable.get(forkserver.attempt_of(plan, changes))
+        error = forkserver.not_runnable.get(forkserver.attempt_of(plan, told.environment))
         if error is not None:
             self._do_without(plan, error)
             return None
@@ -104,74 +104,70 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 problem = f"line {line} of its top level asks for the pool, outside of a guard"
                 self.plan = self.plan.without(problem)
 
-    def finish(self, changes: Mapping[str, str | None]) -> None:
+    def finish(self, told: WorkerStart) -> None:
         """Let the server import what this pool's tasks have imported."""
         if self._learns and self._known() != self._wished:
             try:
-                with self._server(changes, self._plan_now(changes)) as server:
+                with self._server(told, self._plan_now(told)) as server:
                     server.preload_ahead(self._known())
             except OSError:
                 pass  # no descriptor is left: the next pool asks again
 
-    def run_script(
-        self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
-    ) -> Mapping[str, bytes]:
+    def run_script(self, told: WorkerStart, given_up: Callable[[], bool]) -> Mapping[str, bytes]:
         """Run the script in the server; if it cannot be run there, functions travel by value.
 
         Raises:
             ScriptFailedError: Workers have the script's names, and its own code fails now.
             OSError: Workers have the script's names, and later ones cannot have them now.
         """
-        plan = self._plan_now(changes)
+        plan = self._plan_now(told)
         if plan is None:
             return {}
-        wish = self._wish(threads, given_up)
+        wish = self._wish(told, given_up)
         try:
-            with self._server(changes, plan) as server:
+            with self._server(told, plan) as server:
                 self._marks = server.run_script(wish)
                 return self._marks
         except asking.CannotRunError as error:
-            self._lose_script(plan, error, changes, threads)
+            self._lose_script(plan, error, told)
             return {}
 
     def prints(
-        self, changes: Mapping[str, str | None], names: list[str], given_up: Callable[[], bool]
+        self, told: WorkerStart, names: list[str], given_up: Callable[[], bool]
     ) -> Mapping[str, bytes | None]:
         """Return what globals of the script are like in the server."""
-        plan = self._plan_now(changes)
+        plan = self._plan_now(told)
         if plan is None:
             return {}
         try:
-            with self._server(changes, plan) as server:
+            with self._server(told, plan) as server:
                 return server.prints(names, given_up)
         except OSError:  # no descriptor is left
             return {}
 
     def _server(
-        self, changes: Mapping[str, str | None], plan: MainPlan | None
+        self, told: WorkerStart, plan: MainPlan | None
     ) -> AbstractContextManager[upkeep.Server]:
-        return forkserver.server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
+        return forkserver.server_for(
+            told.environment, plan, kept=self._kept, asked_only=self._asked_only
+        )
 
     def _lose_script(
-        self,
-        plan: MainPlan,
-        error: asking.CannotRunError,
-        changes: Mapping[str, str | None],
-        threads: int,
+        self, plan: MainPlan, error: asking.CannotRunError, told: WorkerStart
     ) -> None:
         """Let functions travel by value from now on, if no worker has the script's names."""
         problem = str(error)
         if self._relied_on:
             raise _cannot_again(plan, error) from error.__cause__
         self._do_without(plan, error)
-        attempt = forkserver.attempt_of(plan, changes)
+        attempt = forkserver.attempt_of(plan, told.environment)
         if attempt not in forkserver.not_runnable:
             error.__traceback__ = error.__context__ = None  # it is kept, without the frames
             forkserver.not_runnable[attempt] = error
             _log.log(
                 # With more threads a BLAS starts some when the script imports it. This also tells
                 # a user of the standard library's way.
-                logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
+                logging.INFO if told.threads > 1 or self._asked_only else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move work that workers do not need below if __name__ == "__main__":, or pass '
                 'main="value"',
@@ -179,12 +175,12 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 problem,
             )
 
-    def _wish(self, threads: int, given_up: Callable[[], bool]) -> asking.Wish:
+    def _wish(self, told: WorkerStart, given_up: Callable[[], bool]) -> asking.Wish:
         if self.preload != "auto":
             return asking.Wish(list(self.preload), True, given_up)
         # With more threads a BLAS starts them when it is loaded, and the process could not be
         # forked.
-        self._learns = threads == 1
+        self._learns = told.threads == 1
         self._wished = self._known() if self._learns else []
         return asking.Wish(self._wished, False, given_up)
 
@@ -214,14 +210,13 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     def _start(
         self, told: WorkerStart, end: socket.socket, board: Board, given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
-        changes = told.environment
-        wish = self._wish(told.threads, given_up)
+        wish = self._wish(told, given_up)
         files = [end.fileno(), *([board.fileno()] if board else []), *told.descriptors]
         told = replace(told, learns=self._learns, descriptors=(), foreign=())
         details = {"told": told, "board": bool(board)}
-        plan = self._plan_now(changes)
+        plan = self._plan_now(told)
         try:
-            with self._server(changes, plan) as server:
+            with self._server(told, plan) as server:
                 marks = server.run_script(wish) if plan else None
                 if marks != self._marks:
                     raise asking.CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
@@ -231,7 +226,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 worker = server.fork_worker(details, files, wish)
         except asking.CannotRunError as error:
             assert plan is not None
-            self._lose_script(plan, error, changes, told.threads)
+            self._lose_script(plan, error, told)
             raise ScriptLostError(
                 f"{plan.name or plan.path} was run in the fork server and cannot be run there "
                 f"again: {error}"

@@ -158,12 +158,6 @@ def keepers() -> list[int]:
         return [one.keeper for one in launch.keepers()]
 
 
-def descriptors() -> list[int]:
-    """Return what this process keeps open for its servers and their workers."""
-    servers = [one.running for one in [*_servers.values()]]
-    return [*launch.descriptors(), *(one.fileno() for one in servers if one is not None)]
-
-
 def stop_all() -> None:
     """End the servers of this process; the next pool starts another."""
     with _servers_lock:

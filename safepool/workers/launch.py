@@ -109,10 +109,6 @@ class KeptServer:
         # At the program's end: no other code closes a server that its keeper outlives.
         self._sock.close()
 
-    def fileno(self) -> int:
-        """Return the descriptor of the socket."""
-        return self._sock.fileno()
-
     def poll(self) -> int | None:
         """Return how the server ended, ``None`` while it runs."""
         return self._ask(0.0)
@@ -189,11 +185,6 @@ def keepers() -> list[KeptServer]:
             _kept.remove(one)
             one.close()
     return [*_kept]
-
-
-def descriptors() -> list[int]:
-    """Return the descriptors that this process holds for its servers."""
-    return [*line, *(one.fileno() for one in [*_kept])]
 
 
 def forget() -> None:

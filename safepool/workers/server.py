@@ -35,7 +35,6 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux, procfs
@@ -61,8 +60,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-# A fork beside a background thread warns. Which threads may be there is checked here.
-_WARNS = sys.version_info >= (3, 12)
 # Modules that calls of any kind need, and that a worker would import with the first.
 _NEEDED = ("safepool.decorator", "safepool.transport.by_value")
 
@@ -383,8 +380,7 @@ def _get_forks_ready() -> None:
 
 
 def _beside_threads() -> AbstractContextManager[object]:
-    if not _WARNS:
-        return nullcontext()
+    # A fork beside a background thread warns. Which threads may be there is checked here.
     return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 

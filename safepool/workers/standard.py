@@ -317,23 +317,20 @@ else:
             self._values = contextvars.copy_context()
 
         def run_script(
-            self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
+            self, told: WorkerStart, given_up: Callable[[], bool]
         ) -> Mapping[str, bytes]:
             """Return what workers have of the script: what this process has before the first."""
-            del environment, threads, given_up
+            del told, given_up
             if not self._marks:
                 self._names = frozenset(main_space())
                 self._marks = marks_of(sys.modules["__main__"])
             return self._marks
 
         def prints(
-            self,
-            environment: Mapping[str, str | None],
-            names: list[str],
-            given_up: Callable[[], bool],
+            self, told: WorkerStart, names: list[str], given_up: Callable[[], bool]
         ) -> Mapping[str, bytes | None]:
             """Return marks of changed data and of objects that cannot be pickled."""
-            del environment, given_up
+            del told, given_up
             # Attributes of functions and classes among them, by their path.
             there = (name.partition(".")[0] in self._names for name in names)
             return {

@@ -118,33 +118,31 @@ class StartMethod:
     def is_asked_by(self, frame: FrameType | None) -> None:
         """Take note of the caller that the first worker is for, before it is started."""
 
-    def prepare(self, environment: Mapping[str, str | None]) -> bool:
+    def prepare(self, told: WorkerStart) -> bool:
         """Prepare the first worker; return whether later ones need no new process."""
-        del environment
+        del told
         return False
 
-    def run_script(
-        self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
-    ) -> Mapping[str, bytes]:
+    def run_script(self, told: WorkerStart, given_up: Callable[[], bool]) -> Mapping[str, bytes]:
         """Run the program's script in the process that workers come from, if that is the plan.
 
         Returns names of the script that workers have, from
         :func:`~safepool.transport.marks.marks_of`.
         """
-        del environment, threads, given_up
+        del told, given_up
         return {}
 
     def prints(
-        self, environment: Mapping[str, str | None], names: list[str], given_up: Callable[[], bool]
+        self, told: WorkerStart, names: list[str], given_up: Callable[[], bool]
     ) -> Mapping[str, bytes | None]:
         """Return what globals of the script are like where it was run, as far as that is known.
 
         By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
         """
-        del environment, names, given_up
+        del told, names, given_up
         return {}
 
-    def finish(self, environment: Mapping[str, str | None]) -> None:
+    def finish(self, told: WorkerStart) -> None:
         """Prepare a faster start of the next pool, without waiting."""
 
 

@@ -366,12 +366,12 @@ if sys.platform == "linux":
     ) -> None:
         here: Any = context.ServerContext()
         monkeypatch.setattr(here, "_plan_now", lambda _: None)
-        assert here.prints({}, ["x"], bool) == {}
+        assert here.prints(None, ["x"], bool) == {}
         monkeypatch.setattr(here, "_plan_now", lambda _: object())
         monkeypatch.setattr(here, "_server", refuse)
-        assert here.prints({}, ["x"], bool) == {}
+        assert here.prints(None, ["x"], bool) == {}
         here._learns = True
-        here.finish({})
+        here.finish(None)
 
     def test_a_worker_whose_variables_were_read_has_a_server_of_its_own(
         monkeypatch: pytest.MonkeyPatch,

@@ -21,15 +21,21 @@ if sys.platform != "linux":
 
 from safepool.workers import forked, forkserver, identity, launch
 from safepool.workers.context import ServerContext
+from safepool.workers.start import WorkerStart
 
 # More settings than idle servers are kept.
 MANY = 6
 
 
+def start_server(name: str, value: str) -> None:
+    """Start the server of a setting, that of one variable."""
+    ServerContext().prepare(WorkerStart(environment={name: value}, threads=1))
+
+
 def make_others() -> None:
     """Ask for servers of ever new settings."""
     for number in range(MANY):
-        ServerContext().prepare({"SAFEPOOL_TEST_OTHER": str(number)})
+        start_server("SAFEPOOL_TEST_OTHER", str(number))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +54,7 @@ def test_a_server_that_a_pool_uses_is_not_given_up() -> None:
         make_others()
         assert used.pid in forkserver.running()
     make_others()
-    ServerContext().prepare({"SAFEPOOL_TEST": "last"})
+    start_server("SAFEPOOL_TEST", "last")
     assert used.pid not in forkserver.running()
 
 
@@ -65,7 +71,7 @@ def test_a_server_whose_worker_lives_is_not_given_up() -> None:
 
 def test_servers_that_nobody_uses_do_not_pile_up() -> None:
     for number in range(3 * MANY):
-        ServerContext().prepare({"SAFEPOOL_TEST": str(number)})
+        start_server("SAFEPOOL_TEST", str(number))
         assert len(forkserver.running()) <= forkserver._MOST_IDLE + 1
 
 
@@ -124,7 +130,7 @@ def test_the_table_takes_no_exit_code_from_the_pool_that_waits_for_it(
 def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever descriptor is the one too many."""
     copy = launch._above_streams
-    ServerContext().prepare({"SAFEPOOL_TEST": "before"})  # the life-line is kept
+    start_server("SAFEPOOL_TEST", "before")  # the life-line is kept
     open_before = os.listdir("/proc/self/fd")
     for given in range(2):
         left = [copy] * given
@@ -137,7 +143,7 @@ def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(launch, "_above_streams", refuse)
         with pytest.raises(OSError, match="Too many open files"):
-            ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
+            start_server("SAFEPOOL_TEST", "refused")
 
         assert os.listdir("/proc/self/fd") == open_before
 
@@ -155,7 +161,7 @@ def test_what_a_server_is_given_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(0.01)
     try:
-        ServerContext().prepare({"SAFEPOOL_TEST": "blocks"})
+        start_server("SAFEPOOL_TEST", "blocks")
     finally:
         socket.setdefaulttimeout(before)
 

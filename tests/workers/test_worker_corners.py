@@ -426,9 +426,9 @@ def test_filters_of_warnings_are_those_that_count() -> None:
 
 
 def test_a_start_method_does_nothing_by_itself() -> None:
-    method = start.StartMethod()
-    assert method.prints({}, ["x"], bool) == {}
-    assert method.run_script({}, 1, bool) == {}
+    method, told = start.StartMethod(), start.WorkerStart(environment={}, threads=1)
+    assert method.prints(told, ["x"], bool) == {}
+    assert method.run_script(told, bool) == {}
     with pytest.raises(NotImplementedError):
         method.start(None, None, None, bool)  # type: ignore[arg-type]
 

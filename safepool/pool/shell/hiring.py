@@ -99,11 +99,10 @@ class Hiring:
             OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
-        if not self.started.is_open and self._method.prepare(self._told.environment):
+        if not self.started.is_open and self._method.prepare(self._told):
             # submit() need not wait for imports: what comes needs no new process.
             self.started.open()
-        told = self._told
-        marks = self._script.run_script(told.environment, told.threads, self.given_up)
+        marks = self._script.run_script(self._told, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
 
     @property
@@ -184,12 +183,12 @@ class Hiring:
         self.hired.open()
         if not has_exited():
             try:
-                self._method.finish(self._told.environment)
+                self._method.finish(self._told)
             except Exception:  # noqa: BLE001 -- it looks at modules of the program
                 _log.exception("internal error: the next pool's fork server preloads no modules")
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
-        return self._script.prints(self._told.environment, names, self.given_up)
+        return self._script.prints(self._told, names, self.given_up)
 
     def _pack(self) -> Inheritance:
         try:
