@@ -320,6 +320,18 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(is_circle)",
         [True],
     ),
+    "a class and its object, which come to hold each other": (
+        """
+        class Held: pass
+        held = Held()
+        def hold():
+            Held.one = held
+        def is_held():
+            return getattr(Held, "one", None) is held, type(held) is Held
+        """,
+        "ask(is_held); hold(); ask(is_held); setattr(Held, 'more', 1); ask(is_held)",
+        [(False, True), (True, True), (True, True)],
+    ),
     "names that a function asks for at run time": (
         """
         def handle_one():

@@ -8,7 +8,7 @@ from safepool.errors import let_handlers_pass
 from safepool.pool.calls.deliveries import Delivery, Needs, versions
 from safepool.pool.calls.table import Added, Closure, Imports, Table
 from safepool.pool.calls.values import definitions, pickle_additions
-from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk, components
+from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk, components, entries, linked
 from safepool.pool.hands import within
 from safepool.transport.additions import additions_to, homes
 from safepool.transport.marks import main_space
@@ -93,18 +93,13 @@ def _in_order(table: Table, reached: Iterable[str]) -> list[Known]:
     That is what they refer to, and if possible what their functions use: a class may run
     code when it is made.
     """
-    known = {table.known[name]: None for name in reached if name in table.known}
-
-    def leads(one: Known, names: frozenset[str]) -> list[Known]:
-        others = (table.known.get(name) for name in sorted(names))
-        return [other for other in others if other in known and other is not one]
-
+    known = entries(table, reached)
     ordered: list[Known] = []
-    for circle in components({one: leads(one, one.refs | one.uses) for one in known}):
-        within = {
-            one: [other for other in leads(one, one.refs) if other in circle] for one in circle
-        }
-        ordered += [one for (one,) in components(within)]
+    edges = {one: linked(known, one, one.refs | one.uses) for one in known.values()}
+    for circle in components(edges):
+        inside = {name: one for one in circle for name in one.names}
+        for (one,) in components({one: linked(inside, one, one.refs) for one in circle}):
+            ordered.append(one)
     return ordered
 
 

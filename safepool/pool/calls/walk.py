@@ -159,6 +159,7 @@ class Walk:
                 self._make_known(group)
             # An object that refers to a replaced object must refer to the new one.
             behind = [name for name in self.reached if self._is_behind(name)]
+            behind = behind or self._in_circles()
             if not behind:
                 return
             # Beside those: in case they refer to each other now.
@@ -167,6 +168,13 @@ class Walk:
     def _is_behind(self, name: str) -> bool:
         known = self._table.known.get(name)
         return known is not None and known.stamp != self._table.stamp(known.refs)
+
+    def _in_circles(self) -> list[str]:
+        """Return names of which each refers to the next since one has changed, pickled apart."""
+        known = entries(self._table, self.reached)
+        edges = {one: linked(known, one, one.refs) for one in known.values()}
+        circles = [circle for circle in components(edges) if len(circle) > 1]
+        return [name for circle in circles for one in circle for name in one.names]
 
     def go_if_possible(self, names: Iterable[str]) -> None:
         """Look at names that may never be requested."""
@@ -331,6 +339,17 @@ def _above(value: object) -> Iterator[str]:
             name = attribute_of(one, "__qualname__")
             if one is not value and is_of_main(one) and value_of(name) is one:
                 yield name
+
+
+def entries(table: Table, names: Iterable[str]) -> dict[str, Known]:
+    """Return what the table has of these names."""
+    return {name: table.known[name] for name in names if name in table.known}
+
+
+def linked(known: Mapping[str, Known], one: Known, names: Iterable[str]) -> list[Known]:
+    """Return what there is of some names besides one entry."""
+    others = (known.get(name) for name in sorted(names))
+    return [other for other in others if other is not None and other is not one]
 
 
 def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
