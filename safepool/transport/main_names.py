@@ -94,8 +94,8 @@ class MainNames:
         name: str = thing.__qualname__
         if find_in_main(name) is not thing:
             return False
-        if self._same.get(name) is thing:
-            return True
+        if name in self._same:  # a decorator that is used again makes another one, of this mark
+            return self._same[name] is thing
         mark = None if self._marks is None else self._marks.get(name)
         if not is_mark_of(mark, thing):
             return False
@@ -110,11 +110,13 @@ class MainNames:
                 there, too.
         """
         marks = self._marks or {}
-        return {
+        others = {
             path
             for path, thing in things.items()
             if (path in marks or is_made_in_main(thing)) and not is_mark_of(marks.get(path), thing)
         }
+        self._same.update((path, things[path]) for path in marks.keys() & things.keys() - others)
+        return others
 
     def inside(self, name: str) -> list[str]:
         """Return the paths of functions and classes that are there in one of this name."""

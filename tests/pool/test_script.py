@@ -473,6 +473,10 @@ BEFORE = """
 import functools, threading
 def wrapped(function):
     return functools.wraps(function)(lambda *args: function(*args))
+def again(kind):
+    return functools.wraps(kind, updated=())(type("again", (kind,), {}))
+def tagged(tags):
+    return lambda function: functools.wraps(function)(lambda *args: tags[0])
 def times(count):
     return lambda function: functools.wraps(function)(lambda *args: count * function(*args))
 DATA = None
@@ -512,6 +516,8 @@ class Config(Base):
     def outside(self): return "own"
     @times(2)
     def multiplied(self): return 1
+    @tagged(["own"])
+    def tagged(self): return None
     @property
     @wrapped
     def decorated(self): return "own"
@@ -696,6 +702,16 @@ if __name__ == "__main__":
 
 # One function inside another object stands for all of these.
 AFTER_A_CALL = {one: row for one, row in CHANGES.items() if not one.endswith(tuple(INNER[1:]))} | {
+    "a decorator with another list": (
+        "Config.tagged = tagged(['new'])(Config.tagged.__wrapped__)",
+        "Config().tagged()",
+        "new",
+    ),
+    "a decorated class of the same name": (
+        "global Base; Base = again(Base)",
+        "len(Base.__mro__)",
+        "3",
+    ),
     "an attribute that is deleted": ("del Config.debug", "hasattr(Config, 'debug')", "False"),
     "a global that is deleted": (
         "global DATA; del DATA",
