@@ -510,11 +510,7 @@ async def agent_deliver(session: str, message: Packet) -> None:
         SessionLostError: This process does not know the session.
     """
     # In a thread: the first call of a pool starts processes.
-    await asyncio.to_thread(_deliver, session, message)
-
-
-def _deliver(session: str, message: Packet) -> None:
-    _agent.known(session).take_in(message.value())
+    await asyncio.to_thread(lambda: _agent.known(session).take_in(message.value()))
 
 
 async def agent_collect(session: str, most_s: float) -> Packet:

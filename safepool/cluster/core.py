@@ -1,7 +1,8 @@
 """The decisions of a cluster pool: an event comes in, actions come out.
 
 The core touches no clock, thread, process, future or engine, so a test can try every order of
-events.
+events. The tables say what each event and action means; a class has a docstring if its fields need
+one.
 
     a place     where an agent can run: a Dask worker, or one of the calls of an executor
     a node      one agent with one pool; several places of one machine and limit are one node
@@ -20,7 +21,7 @@ State of a place:
     Opened(place, ...)       its agent answers                    Deliver, Release
     Refused(place, reason)   it cannot be used                    Fail
     Lost(place, reason)      the engine says that it is gone      Lose, Open (a spare), Deliver
-    Queued(calls)            calls wait                           Deliver
+    Queued(calls)            calls were submitted                 Deliver
     Delivered(place)         a message has arrived                Deliver
     Answered(place, ...)     calls have ended there               Settle, Deliver
     Returned(place, ...)     calls that had not begun come back   Deliver
@@ -107,8 +108,6 @@ class Answer(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """The engine's list of places."""
-
     places: Sequence[str]
 
 
@@ -145,48 +144,34 @@ class Refused(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A place is gone."""
-
     place: str
     reason: str
 
 
 class Queued(NamedTuple):
-    """Calls wait."""
-
     calls: Sequence[Any]
 
 
 class Delivered(NamedTuple):
-    """A message has arrived."""
-
     place: str
 
 
 class Answered(NamedTuple):
-    """Calls have ended at a place."""
-
     place: str
     answers: Sequence[Answer]
     workers: int
 
 
 class Returned(NamedTuple):
-    """Calls that have not begun come back."""
-
     place: str
     numbers: Sequence[int]
 
 
 class Kill(NamedTuple):
-    """A call that may be running is cancelled."""
-
     call: Any
 
 
 class Broke(NamedTuple):
-    """The engine is gone."""
-
     reason: str
 
 
@@ -199,8 +184,6 @@ class Close(NamedTuple):
 
 
 class End(NamedTuple):
-    """No further calls will come, and running ones are lost."""
-
     reason: str
 
 
@@ -223,8 +206,6 @@ class Open(NamedTuple):
 
 
 class Deliver(NamedTuple):
-    """Send calls, numbers to be given back, numbers to be ended."""
-
     place: str
     calls: Sequence[tuple[int, Any]]
     back: Sequence[int] = ()
@@ -232,46 +213,34 @@ class Deliver(NamedTuple):
 
 
 class Settle(NamedTuple):
-    """A call has ended."""
-
     call: Any
     place: str
     answer: Answer
 
 
 class Again(NamedTuple):
-    """The worker of a call has died, and it waits again."""
-
     call: Any
     place: str
     answer: Answer
 
 
 class Lose(NamedTuple):
-    """A call is lost with its place."""
-
     call: Any
     place: str
     reason: str
 
 
 class Fail(NamedTuple):
-    """Calls that can no longer run."""
-
     calls: Sequence[Any]
     reason: str
     no_nodes: bool
 
 
 class Cancel(NamedTuple):
-    """Calls that were cancelled."""
-
     calls: Sequence[Any]
 
 
 class Release(NamedTuple):
-    """The agent of a place may forget this pool."""
-
     place: str
 
 
@@ -369,27 +338,11 @@ class Core:
         self._was_open = False
         self._now_s = now_s
         self._actions: list[Action] = []
-        self._handlers: dict[type[Event], Callable[[Any], None]] = {
-            Listed: self._listed,
-            Opened: self._opened,
-            Refused: self._refused,
-            Lost: self._lost,
-            Queued: self._queued,
-            Delivered: self._delivered,
-            Answered: self._answered,
-            Returned: self._returned,
-            Kill: self._kill,
-            Broke: self._broke,
-            CancelWaiting: self._cancel_waiting,
-            Close: self._close,
-            End: self._end,
-            Look: self._look,
-        }
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Process an event, and return the actions, in order."""
         self._now_s = now_s
-        self._handlers[type(event)](event)
+        _DO[type(event)](self, event)
         self._go_on()
         actions, self._actions = self._actions, []
         return actions
@@ -479,9 +432,6 @@ class Core:
             place.state, place.why = State.REFUSED, event.reason
             place.refused_s, place.wrong = self._now_s, event.wrong
             place.wanted = event.wanted
-
-    def _lost(self, event: Lost) -> None:
-        self._lose(event.place, event.reason)
 
     def _lose(self, name: str, reason: str) -> None:
         place = self._places.pop(name, None)
@@ -597,9 +547,6 @@ class Core:
         calls = [*self._backlog]
         self._backlog.clear()
         return calls
-
-    def _look(self, _: Look) -> None:
-        """Does nothing besides the work after every event."""
 
     # The work after every event.
 
@@ -720,3 +667,21 @@ class Core:
         what = f"could take a call for {self._no_nodes_s:g} s" if is_over else "can be used"
         reason = f"no node {what} ({told})"
         self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))
+
+
+_DO: dict[type[Event], Callable[[Core, Any], None]] = {
+    Listed: Core._listed,
+    Opened: Core._opened,
+    Refused: Core._refused,
+    Lost: lambda core, event: core._lose(event.place, event.reason),
+    Queued: Core._queued,
+    Delivered: Core._delivered,
+    Answered: Core._answered,
+    Returned: Core._returned,
+    Kill: Core._kill,
+    Broke: Core._broke,
+    CancelWaiting: Core._cancel_waiting,
+    Close: Core._close,
+    End: Core._end,
+    Look: lambda _core, _event: None,  # the work after every event is all
+}

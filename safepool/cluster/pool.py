@@ -275,7 +275,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             no_nodes_s=no_nodes_timeout,
             trace=None if trace is None else _trace(trace),
         )
-        self._finalizer = weakref.finalize(self, self._scheduler.abandon)
+        self._finalizer = weakref.finalize(self, self._scheduler.shut_down, wait=False)
         self._finalizer.atexit = False
 
     @property

@@ -51,6 +51,7 @@ from safepool.pool.calls.tasks import PoolFuture, callbacks_by, rebuild
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
 from safepool.pool.shell.exits import finish_at_exit, last_uncaught
+from safepool.pool.tracing.costs import note_brought, note_pickled
 from safepool.shown import printable
 from safepool.transport import payloads
 from safepool.workers.contained import ContainedLogger
@@ -173,8 +174,8 @@ class Shell:
             call.fail(error)
             return call.future
         if self.trace is not None:
-            self.trace.brought(call)
-            self.trace.pickled(call, before_ns)
+            note_brought(call)
+            note_pickled(call, before_ns)
         self._bring(c.Queued([call]))
         return call.future
 
@@ -283,10 +284,6 @@ class Shell:
                 self._bring(c.End(_ENDS["terminate"]))
                 raise
             self._callers.join()
-
-    def abandon(self) -> None:
-        """Finish in the background: the pool object is gone."""
-        self.shut_down(wait=False)
 
     def exit(self) -> None:
         """Finish before the interpreter ends."""
@@ -615,7 +612,7 @@ class Shell:
         calls = [Mapped(self, run, first + at, item) for at, item in enumerate(items)]
         if self.trace is not None:
             for call in calls:
-                self.trace.brought(call)
+                note_brought(call)
         return c.Queued(calls)
 
     def _unwanted(self, whose: PoolFuture | MapRun) -> None:

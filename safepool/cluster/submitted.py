@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safepool.cluster.messages import Buffers, PickledArguments, PickledFunction, pickle_arguments
 from safepool.pool.calls.tasks import PoolFuture, fail, finish
 from safepool.pool.core.work import Call
+from safepool.pool.tracing.costs import note_pickled
 
 if TYPE_CHECKING:
     from safepool.cluster.tracing import ClusterTrace
@@ -116,7 +117,7 @@ class Mapped(Call):
             self.args = pickle_arguments(self.run.arguments_of(self.item), {}, self.pool.buffers)
             self.item = None
             if self.pool.trace is not None:
-                self.pool.trace.pickled(self, before_ns)
+                note_pickled(self, before_ns)
         return function, self.args
 
     def begin(self) -> bool:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from safepool.cluster.messages import Ran, Source
 from safepool.errors import TaskTimeoutError
-from safepool.pool.tracing.costs import note_brought, note_pickled, queued_ns
+from safepool.pool.tracing.costs import queued_ns
 from safepool.pool.tracing.counted import CountedTrace
 from safepool.pool.tracing.rows import Row, Settled
 
@@ -71,14 +71,6 @@ class ClusterTrace(CountedTrace):
         self._nodes: dict[tuple[str, int], _Node] = {}
         self._at: dict[str, _Node] = {}
         self._rows = 0
-
-    def brought(self, call: Call) -> None:
-        """A call was submitted."""
-        note_brought(call)
-
-    def pickled(self, call: Call, since_ns: int) -> None:
-        """The arguments of a call were pickled since then."""
-        note_pickled(call, since_ns)
 
     def opened(self, node: str, workers: int) -> None:
         """A node is used from now on."""
@@ -146,7 +138,8 @@ class ClusterTrace(CountedTrace):
         index = ran.worker
         if index is None:
             # A worker that has ended nothing has the first place where none is known to be.
-            free = next(n for n in range(len(node.seats) + 1) if not self._is_taken(node, n))
+            taken = {n for n, one in node.seats.items() if one.pid}
+            free = next(n for n in range(len(taken) + 1) if n not in taken)
             index = next((n for n, one in node.seats.items() if one.pid == ran.pid), free)
         seat = node.seats.get(index)
         if seat is None:
@@ -158,9 +151,6 @@ class ClusterTrace(CountedTrace):
             seat.pid = ran.pid
             self._events.of_worker("start", seat.row.number, begin_ns, pid=ran.pid)
         return seat
-
-    def _is_taken(self, node: _Node, index: int) -> bool:
-        return index in node.seats and node.seats[index].pid != 0
 
     def _write_rows(self, now_ns: int, *, last: bool) -> None:
         with self._lock:

@@ -243,6 +243,8 @@ def test_a_fault_in_the_core_is_found(name: str, mutants: list[str]) -> None:
     # Events and actions are those of the core itself: it looks their types up.
     own = {kind.__name__ for kind in (*get_args(c.Event), *get_args(c.Action))} | {"Answer"}
     vars(module).update({kind: getattr(c, kind) for kind in own})
+    handlers = vars(module)["_DO"].items()
+    vars(module)["_DO"] = {getattr(c, kind.__name__): handle for kind, handle in handlers}
     with pytest.raises(BadStateError):
         explore(World(vars(module)["Core"], SCENARIOS[scenario]), 20000)
 

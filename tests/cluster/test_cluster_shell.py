@@ -597,7 +597,7 @@ def _size(packet: Packet) -> tuple[int, int]:
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
     with pytest.raises(agent.SessionLostError, match="has no session"):
-        agent._deliver("never", Packet.of(None))
+        asyncio.run(agent.agent_deliver("never", Packet.of(None)))
 
 
 # Each wrong argument, and what its error says.

@@ -20,6 +20,7 @@ from safepool.cluster.messages import Ran, Source
 from safepool.cluster.tracing import ClusterTrace
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.work import Call
+from safepool.pool.tracing.costs import note_brought
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,16 +118,16 @@ def test_a_pool_that_was_never_used_closes_its_file(tmp_path: Path) -> None:
     executor.shutdown()
 
 
-def call_of(trace: ClusterTrace) -> Call:
+def new_call() -> Call:
     call = Call("f", Policy())
-    trace.brought(call)
+    note_brought(call)
     return call
 
 
 def end(trace: ClusterTrace, place: str, pid: int, worker: int | None, ms: int) -> None:
     """A call has ended after so many milliseconds of the clock of its node, which starts at 0."""
     ran = Ran(pid, worker, ms * 10**6, (ms + 5) * 10**6, 0, 0)
-    trace.ended(place, call_of(trace), Answer(1, 0.005, False, None, tuple(ran)), "returned")
+    trace.ended(place, new_call(), Answer(1, 0.005, False, None, tuple(ran)), "returned")
 
 
 def test_rows_are_places_of_workers_on_nodes(tmp_path: Path) -> None:
@@ -141,12 +142,12 @@ def test_rows_are_places_of_workers_on_nodes(tmp_path: Path) -> None:
     # This one was on its way for longer: the clock is set by the first.
     trace.reported("p", "p", Source("host p", 7, 10**6))
     end(trace, "p", 13, 0, 20)  # another worker has taken the place of the first
-    trace.ended("p", call_of(trace), Answer(1, -1.0, False, None), "cancelled")  # had none
+    trace.ended("p", new_call(), Answer(1, -1.0, False, None), "cancelled")  # had none
     # One that has ended nothing takes the place of the one that has died.
     died = Answer(1, -1.0, True, None, (12, None, 40 * 10**6, 40 * 10**6, 0, 0))
-    trace.ended("p", call_of(trace), died, "raised", safepool.WorkerDiedError(12, -9, "f"))
+    trace.ended("p", new_call(), died, "raised", safepool.WorkerDiedError(12, -9, "f"))
     trace.ended(
-        "p", call_of(trace), died._replace(ran=(14, None, 5 * 10**7, 5 * 10**7, 0, 0)), "raised"
+        "p", new_call(), died._replace(ran=(14, None, 5 * 10**7, 5 * 10**7, 0, 0)), "raised"
     )
     trace.lost("p", "connection closed", 3)
     trace.close()
