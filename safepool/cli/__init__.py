@@ -41,6 +41,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import importlib
+import inspect
 import math
 import os
 import re
@@ -56,10 +58,6 @@ from safepool.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from safepool.cli.run import Plan
-
-    _Run = Callable[[argparse.Namespace], int]
 
 __all__ = ["main"]
 
@@ -124,24 +122,31 @@ def _run(argv: Sequence[str] | None) -> int:
     ours, command = _split(sys.argv[1:] if argv is None else argv)
     try:
         options, unknown = parser.parse_known_args(ours)
-        asked: argparse.ArgumentParser = options.parser
+        name, asked = options.module, options.parser
         if unknown:
             # The error refers to the help of that command, which lists the known options.
             asked.error(f"unrecognized arguments: {' '.join(unknown)}")
         # argparse must not see a first "--" that belongs to the command.
         if command:
             options.command = [*options.command, *command[bool(not options.command) :]]
-        if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
+        if name == "doctor" and options.libraries and (options.pid or options.watched):
             asked.error("--pid and --watch cannot be combined with a library")
-        if options.cluster and (options.run is not _run_limits or options.pid or options.watch):
+        if options.address and (name != "limits_screen" or options.pid or options.watched):
             asked.error("--cluster cannot be combined with --pid, --watch or another command")
-        if options.run is _run_run and not options.command:
+        if name == "run" and not options.command:
             asked.error("a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:
         # argparse leaves this way after --help, --version and wrong arguments.
         return stop.code if isinstance(stop.code, int) else _USAGE
-    run: _Run = options.run
-    return run(options)
+    if options.address:
+        name = "cluster_screen"
+    elif name == "doctor" and not options.libraries:
+        name = "limits_screen"
+    given = vars(options)
+    if name in ("run", "env"):
+        given["plan"] = _call(importlib.import_module("safepool.cli.run").plan_here, given)
+    code: int = _call(importlib.import_module(f"safepool.cli.{name}").run, given)
+    return code
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -161,73 +166,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:at]), list(argv[at:])
 
 
-def _run_limits(options: argparse.Namespace) -> int:
-    if options.cluster:
-        from safepool.cli import cluster_screen  # noqa: PLC0415 -- only for this option
-
-        return cluster_screen.run(options.cluster, as_json=options.json)
-    from safepool.cli import limits_screen  # noqa: PLC0415 -- only for this command
-
-    return limits_screen.run(as_json=options.json, pid=options.pid, watched=options.watch)
-
-
-def _run_demo(options: argparse.Namespace) -> int:
-    from safepool.cli import demo  # noqa: PLC0415 -- only for this command
-
-    return demo.run(
-        tasks=options.tasks,
-        points=options.points,
-        bound_s=options.bound,
-        cpus=options.cpus,
-        pretend_host_cpus=options.pretend_host_cpus,
-        plot=options.plot,
-        as_json=options.json,
-    )
-
-
-def _run_doctor(options: argparse.Namespace) -> int:
-    if not options.libraries:
-        return _run_limits(options)
-    from safepool.cli import doctor  # noqa: PLC0415 -- only for this command
-
-    return doctor.run(options.libraries, limit_s=options.timeout, as_json=options.json)
-
-
-def _run_run(options: argparse.Namespace) -> int:
-    from safepool.cli import run  # noqa: PLC0415 -- only for this command
-
-    return run.run(_plan(options), options.command, explain=options.explain)
-
-
-def _run_env(options: argparse.Namespace) -> int:
-    from safepool.cli import env  # noqa: PLC0415 -- only for this command
-
-    return env.run(_plan(options), options.form)
-
-
-def _plan(options: argparse.Namespace) -> Plan:
-    from safepool.cli import run  # noqa: PLC0415 -- only for this command
-
-    return run.plan_here(
-        workers=options.workers,
-        threads=options.threads,
-        reserve=options.reserve,
-        force=options.force,
-        patch=options.patch,
-        makeflags=options.makeflags,
-    )
-
-
-def _run_report(options: argparse.Namespace) -> int:
-    from safepool.cli import report  # noqa: PLC0415 -- only for this command
-
-    return report.run(options.trace, as_json=options.json)
-
-
-def _run_top(options: argparse.Namespace) -> int:
-    from safepool.cli import top  # noqa: PLC0415 -- only for this command
-
-    return top.run(options.process, as_json=options.json)
+def _call(function: Callable[..., Any], words: dict[str, Any]) -> Any:
+    """Call a function with the options that it names."""
+    return function(**{name: words[name] for name in inspect.signature(function).parameters})
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -282,38 +223,41 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "--json", action="store_true", dest="as_json", help="print JSON, for programs"
+    )
     _add_limits_options(parser)
     _add_cluster_option(parser)
-    parser.set_defaults(run=_run_limits, parser=parser)
+    parser.set_defaults(module="limits_screen", parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
     def add(
-        name: str, run: _Run, text: str, description: str, examples: str, usage: str | None = None
+        name: str, text: str, description: str, examples: str, usage: str | None = None
     ) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name, help=text, description=description, epilog=examples, usage=usage
         )
-        made.set_defaults(run=run, parser=made)
+        made.set_defaults(module=name, parser=made)
         return made
 
     text = "limits of this process, their sources, and the workers that fit (the default)"
-    limits = add("limits", _run_limits, text, _LIMITS, _LIMITS_EXAMPLES)
+    limits = add("limits", text, _LIMITS, _LIMITS_EXAMPLES)
+    limits.set_defaults(module="limits_screen")
 
     text = "native thread pools of your libraries, and the variables that bound them"
-    doctor = add("doctor", _run_doctor, text, _DOCTOR, _DOCTOR_EXAMPLES)
+    doctor = add("doctor", text, _DOCTOR, _DOCTOR_EXAMPLES)
     _add_doctor_options(doctor)
 
     text = "start an unmodified program with its limits set"
     usage = "safepool run [options] -- COMMAND [ARGUMENT ...]"
-    run = add("run", _run_run, text, _RUN, _RUN_EXAMPLES, usage)
+    run = add("run", text, _RUN, _RUN_EXAMPLES, usage)
     run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_run_options(run)
     run.add_argument(
         "--explain", action="store_true", help="print the variables to standard error"
     )
 
-    env = add("env", _run_env, "print what 'safepool run' sets, for eval", _ENV, _ENV_EXAMPLES)
+    env = add("env", "print what 'safepool run' sets, for eval", _ENV, _ENV_EXAMPLES)
     env.set_defaults(form="sh")
     _add_run_options(env)
     forms = env.add_mutually_exclusive_group()
@@ -326,21 +270,25 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
-    demo = add("demo", _run_demo, text, _DEMO, _DEMO_EXAMPLES)
+    demo = add("demo", text, _DEMO, _DEMO_EXAMPLES)
     _add_demo_options(demo)
 
     text = "how a pool's workers spent their time"
-    report = add("report", _run_report, text, _REPORT, _REPORT_EXAMPLES)
-    report.add_argument("trace", metavar="FILE", help="trace file of the pool")
+    report = add("report", text, _REPORT, _REPORT_EXAMPLES)
+    report.add_argument("path", metavar="FILE", help="trace file of the pool")
 
     text = "the present task of each worker of a running process"
-    top = add("top", _run_top, text, _TOP, _TOP_EXAMPLES)
+    top = add("top", text, _TOP, _TOP_EXAMPLES)
     text = "process id of the program that made the pool"
-    top.add_argument("process", type=_whole_number(at_least=1), metavar="PID", help=text)
+    top.add_argument("pid", type=_whole_number(at_least=1), metavar="PID", help=text)
     for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(
-            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
+            "--json",
+            action="store_true",
+            dest="as_json",
+            default=argparse.SUPPRESS,
+            help="print JSON",
         )
     for command in (limits, doctor):
         _add_limits_options(command, default=argparse.SUPPRESS)
@@ -420,6 +368,7 @@ def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None
     parser.add_argument(
         "--watch",
         action="store_true",
+        dest="watched",
         help="print a line a second: CPU time used, and throttling (Linux)",
         **default,
     )
@@ -428,6 +377,7 @@ def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None
 def _add_cluster_option(parser: argparse.ArgumentParser, **default: Any) -> None:
     parser.add_argument(
         "--cluster",
+        dest="address",
         metavar="ADDRESS",
         help="print the limits of each node of a Dask scheduler, such as tcp://10.0.0.1:8786 "
         "(needs safepool[dask]; waits 10 s for the scheduler, and 10 s for the nodes)",
@@ -458,6 +408,7 @@ def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
     )
     doctor.add_argument(
         "--timeout",
+        dest="limit_s",
         type=_number(at_least=0.1),
         default=60.0,
         metavar="SECONDS",
@@ -597,6 +548,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     )
     demo.add_argument(
         "--bound",
+        dest="bound_s",
         type=_number(at_least=0.01),
         default=20.0,
         metavar="SECONDS",

@@ -196,9 +196,9 @@ _ENDING = wrapped(
 )
 
 
-def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
+def run(libraries: Sequence[str], *, limit_s: float, as_json: bool) -> int:
     """Print what each library brings; return the exit code."""
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(libraries))
     report = Report(
         python=platform.python_version(),
         cpus=cpu_limit(),

@@ -98,12 +98,12 @@ FORMATS: dict[str, Callable[[Mapping[str, str | None]], str]] = {
 }
 
 
-def run(found: Plan, form: str) -> int:
+def run(plan: Plan, form: str) -> int:
     """Print a plan in a form of `FORMATS`; return the exit code."""
     if sys.stdout is not None:
         sys.stdout.flush()
         # A path may be of any bytes.
-        sys.stdout.buffer.write(os.fsencode(FORMATS[form](found.changes)))
+        sys.stdout.buffer.write(os.fsencode(FORMATS[form](plan.changes)))
     return 0
 
 

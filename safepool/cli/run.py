@@ -233,7 +233,7 @@ def plan_here(
     return plan(os.environ, budget, exact=exact, force=force, patch=patch, makeflags=makeflags)
 
 
-def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
+def run(plan: Plan, command: Sequence[str], *, explain: bool) -> int:
     """Become the program.
 
     Returns:
@@ -242,7 +242,7 @@ def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
     Raises:
         RunError: The program cannot be started.
     """
-    if found.patched and (option := _isolating_option(command)):
+    if plan.patched and (option := _isolating_option(command)):
         raise RunError(
             f"--patch cannot reach python {option}: it reads no PYTHONPATH or runs no start "
             f"file. Leave {option} out, or leave --patch out and use safepool in the program",
@@ -251,8 +251,8 @@ def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
     # None: it was closed before the start. print() would then take standard output.
     if explain and sys.stderr is not None:
         with contextlib.suppress(OSError):  # nobody reads it: the program is started all the same
-            print(found.as_text(), file=sys.stderr, flush=True)
-    return _become(command, found.applied_to(os.environ))
+            print(plan.as_text(), file=sys.stderr, flush=True)
+    return _become(command, plan.applied_to(os.environ))
 
 
 def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -158,7 +158,7 @@ def test_a_picture_without_matplotlib_names_the_remedy(
 def test_a_group_that_stays_is_an_error_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave_one(*_: object, **__: object) -> int:
+    def leave_one() -> int:
         raise demo.host().groups.GroupLeftError("/sys/fs/cgroup/cpu/x", "busy")
 
     monkeypatch.setattr(demo, "run", leave_one)
@@ -174,7 +174,7 @@ def test_a_group_that_stays_is_an_error_with_its_remedy(
 def test_ctrl_c_is_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def be_interrupted(*_: object, **__: object) -> int:
+    def be_interrupted() -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run", be_interrupted)
