@@ -48,7 +48,7 @@ from safepool.budget import Request
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
 from safepool.joblib_here import CallBar, HeldThreads, sequential
-from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, BornWith, Lease, Pools, Settings
+from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, Lease, Pools, Settings, born_with
 from safepool.machine import log_once, read_budget, tell_once
 from safepool.pool.calls.pickling import was_not_sent
 from safepool.pool.core.policy import Policy, policy_of
@@ -206,7 +206,10 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     if cluster is not None:
         backend._open_cluster()
     one_fits = cluster is None and backend.effective_n_jobs(-1) == 1
-    in_threads = functools.partial(backend._of_thread, n_jobs, arrays)
+    # For threads that have no setting of joblib's own.
+    in_threads = functools.partial(
+        backend._like, default_n_jobs=n_jobs, _arrays_of_block=arrays, nesting_level=None
+    )
     block = joblib_blocks.Block(
         in_threads, lambda **parameters: in_threads(**parameters)._held_threads()
     )
@@ -334,7 +337,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         initargs = words.get("initargs")
         words = {**words, "initargs": () if initargs is None else tuple(initargs)}
         self._words = words
-        self._born_with: list[BornWith] = []
+        self._born_with: list[tuple[object, ...]] = []
         threads = words.get("threads_per_worker")
         if threads is not None:
             self.inner_max_num_threads = threads
@@ -457,7 +460,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return workers
 
     def _settings(self) -> Settings:
-        return Settings(**self._common_settings(), born_with=self._what_workers_are_born_with())
+        # Computed once for a block: its copies share the list.
+        if not self._born_with:
+            words = self._words
+            found = born_with(words.get("initializer"), words.get("initargs", ()))
+            self._born_with.append(found)
+        return Settings(**self._common_settings(), born_with=self._born_with[0])
 
     def _cluster_settings(self) -> ClusterSettings:
         from safepool.joblib_cluster import ClusterSettings  # noqa: PLC0415 -- seldom
@@ -496,27 +504,11 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             backend._take({**self._words, **others, **words})
         return backend
 
-    def _of_thread(
-        self, n_jobs: int, arrays: Mapping[str, Any], nesting_level: int | None = None
-    ) -> SafepoolBackend:
-        """Return a backend like this one for a thread that has no setting of joblib's own."""
-        return self._like(
-            default_n_jobs=n_jobs, _arrays_of_block=arrays, nesting_level=nesting_level
-        )
-
     def _like(self, **attributes: Any) -> SafepoolBackend:
         backend = SafepoolBackend.__new__(SafepoolBackend)
         own: dict[str, Any] = backend.__dict__  # pyright: ignore[reportAssignmentType]
         own.update(self.__dict__, **attributes)
         return backend
-
-    def _what_workers_are_born_with(self) -> BornWith:
-        # Computed once for a block: its copies share the list.
-        if not self._born_with:
-            words = self._words
-            found = BornWith.now(words.get("initializer"), words.get("initargs", ()))
-            self._born_with.append(found)
-        return self._born_with[0]
 
     def _may_take_threads(self) -> bool:
         policy = self._policy

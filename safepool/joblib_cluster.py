@@ -20,7 +20,7 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 from safepool.cluster import ClusterPool
-from safepool.joblib_pools import NOT_PICKLED, BornWith, Lease, Pools, Settings
+from safepool.joblib_pools import NOT_PICKLED, Lease, Pools, Settings
 from safepool.pool.calls.tasks import PoolFuture
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 # A slow node counts, and is used, from its answer on.
 _ANSWERS_S = 10.0
-_NOWHERE = BornWith(environ={}, folder="", path=(), cpus=None, contents=b"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,6 @@ class ClusterSettings(Settings):
         memory_per_worker: In bytes.
     """
 
-    born_with: BornWith = field(default=_NOWHERE, compare=False)
     engine: Any = field(compare=False)
     rounding: Rounding
     memory_per_worker: int | None

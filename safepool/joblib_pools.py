@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.pool.executor import ProcessPool
 from safepool.threads.environment import worker_environment
@@ -24,7 +24,7 @@ from safepool.threads.registry import revision
 from safepool.transport.payloads import dumps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from safepool.pool.core.policy import Policy
@@ -37,45 +37,29 @@ IDLE_S = 300.0
 _MOST_UNUSED = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class BornWith:
-    """Settings that a program may change between two calls, and a worker has from its birth.
+def born_with(
+    initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+) -> tuple[object, ...]:
+    """Return the present settings of this process that its workers have from their birth.
 
-    Attributes:
-        environ: The environment, without variables that are set for each worker.
-        folder: The working directory; empty if it does not exist.
-        path: ``sys.path``.
-        cpus: The affinity mask; ``None`` if the system has none.
-        contents: Changes with the contents of the initializer, its arguments and globals. Empty
-            if they cannot be pickled, which the pool says when it is made.
+    They are compared, and not read: the environment without variables that are set for each
+    worker, the working directory, ``sys.path``, the affinity mask, and a hash of the contents of
+    the initializer, its arguments and globals. The hash is empty if they cannot be pickled, which
+    the pool says when it is made.
     """
-
-    environ: Mapping[str, str]
-    folder: str
-    path: Sequence[str]
-    cpus: Collection[int] | None
-    contents: bytes
-
-    @classmethod
-    def now(cls, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> Self:
-        """Return the present state."""
-        try:
-            folder = os.getcwd()
-        except OSError:
-            folder = ""
-        ours = _variables_of_workers(revision())
-        affinity: Any = getattr(os, "sched_getaffinity", None)
-        try:
-            cpus = None if affinity is None else affinity(0)
-        except OSError:  # a filter refuses the call
-            cpus = None
-        return cls(
-            environ={name: value for name, value in os.environ.items() if name not in ours},
-            folder=folder,
-            path=[*sys.path],
-            cpus=cpus,
-            contents=b"" if initializer is None else _digest((initializer, initargs)),
-        )
+    try:
+        folder = os.getcwd()
+    except OSError:  # it does not exist any more
+        folder = ""
+    ours = _variables_of_workers(revision())
+    affinity: Any = getattr(os, "sched_getaffinity", None)
+    try:
+        cpus = None if affinity is None else affinity(0)
+    except OSError:  # a filter refuses the call
+        cpus = None
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+    contents = b"" if initializer is None else _digest((initializer, initargs))
+    return environ, folder, [*sys.path], cpus, contents
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,7 +80,7 @@ class Settings:
         idle_s: Seconds after which a worker ends that has nothing to do.
         end_subprocesses: The same as for :class:`safepool.ProcessPool`.
         memory_limit: In bytes.
-        born_with: The rest.
+        born_with: Result of :func:`born_with`.
     """
 
     threads: int
@@ -106,7 +90,7 @@ class Settings:
     idle_s: float
     end_subprocesses: bool
     memory_limit: int | None
-    born_with: BornWith = field(compare=False)
+    born_with: tuple[object, ...] = field(default=(), compare=False)
 
     def fit(self, other: Settings) -> bool:
         """Tell whether a pool of these settings serves for others."""

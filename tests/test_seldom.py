@@ -163,7 +163,7 @@ def test_what_cannot_be_pickled_has_no_digest(
 
     assert joblib_pools._digest(threading.Lock()) == b""
     monkeypatch.setattr(os, "getcwd", refuse)
-    assert joblib_pools.BornWith.now(None, ()).folder == ""
+    assert joblib_pools.born_with(None, ())[1] == ""
 
 
 # --- native threads ----------------------------------------------------------------------

@@ -44,8 +44,8 @@ _OF_CONTAINERS = ("items", "__iter__")
 _CONTAINERS = (dict, list, set, frozenset, collections.deque)
 # Nobody sees how often these run. The last are of named tuples, whose methods are made by `exec`.
 _LIBRARIES = sys.stdlib_module_names | {"cloudpickle", "loky", "numpy", "safepool"}
-_MADE_BY_PYTHON = "namedtuple_"
-_WITHOUT_CODE = (
+MADE_BY_PYTHON = "namedtuple_"
+WITHOUT_CODE = (
     types.WrapperDescriptorType,
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
@@ -238,10 +238,10 @@ def is_of_program(method: Any) -> bool:
     """Tell whether a method or a registered function may be code of the program."""
     if type(method) is types.FunctionType:
         return not _is_library(method.__globals__.get("__name__"))
-    return not isinstance(method, _WITHOUT_CODE)
+    return not isinstance(method, WITHOUT_CODE)
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_library(home: str | None) -> bool:
     name = str(home)
-    return name.partition(".")[0] in _LIBRARIES or name.startswith(_MADE_BY_PYTHON)
+    return name.partition(".")[0] in _LIBRARIES or name.startswith(MADE_BY_PYTHON)

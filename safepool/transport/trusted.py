@@ -32,6 +32,7 @@ from safepool.transport.growing import STEP_BYTES, Sink, Source, load
 from safepool.transport.marks import MAIN_NAMES, PLAIN, is_of_python
 from safepool.transport.memmaps import Reducers
 from safepool.transport.payloads import segments_of
+from safepool.transport.reductions import MADE_BY_PYTHON, WITHOUT_CODE
 from safepool.transport.sharing import Shared
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
@@ -214,19 +215,13 @@ def _looks_tame(kind: type) -> bool:
     return all(_is_harmless(getattr(kind, name, None)) for name in _CALLED)
 
 
-_C_METHODS = (
-    *(types.WrapperDescriptorType, types.MethodDescriptorType, types.BuiltinFunctionType),
-    *(types.ClassMethodDescriptorType, type(None)),
-)
-
-
 def _is_harmless(method: Callable[..., Any] | None) -> bool:
-    if isinstance(method, _C_METHODS):
+    if isinstance(method, WITHOUT_CODE):
         return True
     if not isinstance(method, types.FunctionType):
         return False
     home = str(method.__globals__.get("__name__"))
-    return _is_library(home) or home.startswith("namedtuple_")
+    return _is_library(home) or home.startswith(MADE_BY_PYTHON)
 
 
 def _is_library(module_name: str | None) -> bool:
