@@ -30,8 +30,8 @@ from types import CodeType, TracebackType
 from safepool.shown import printable
 
 FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
-"""Exit codes of processes that may have met this by chance: the out-of-memory killer's, and what
-service managers send. It says nothing about what they ran."""
+"""Exit codes that say nothing about the code that ran: the out-of-memory killer and service
+managers send these signals to any process."""
 
 
 class SafepoolError(Exception):
@@ -410,7 +410,7 @@ class RefusedCallError(SafepoolError, OSError):
 
 
 REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
-"""What a system says that knows a call and does not allow it (a seccomp filter, mostly)."""
+"""Error numbers of a system call that is not allowed, mostly by a seccomp filter."""
 
 
 @contextmanager

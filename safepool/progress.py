@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.1
 
-# Bars on the screen. tqdm, imported.
+# Bars on the screen.
 _open: set[Progress] = set()
 
 

@@ -1,4 +1,4 @@
-"""Floor 7: colours on a terminal that wants them: few, and never all that tells two things apart.
+"""Floor 7: colours for terminals. The text alone always says the same.
 
 Decided by the environment and the stream; the first row that holds is taken:
 

@@ -29,10 +29,9 @@ from safepool.errors import SafepoolError, describe_exit
 from safepool.machine import cpu_limit
 from safepool.threads import NativePool
 
-# Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"
-# By -P and not from the folder that it is started in, where a random.py of the user's would be
-# taken for the standard library's. Without an installation, where safepool is comes last.
+# Run with -P: a random.py in the current folder must not be imported. The package's folder comes
+# last, for a copy that is not installed.
 _BOOTSTRAP = """\
 import sys
 folder, module = sys.argv[1:3]
@@ -43,9 +42,9 @@ import runpy
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 _FOLDER = str(Path(safepool.__file__).parents[1])
-# The child prints its stacks when an import has had its time; it is killed a moment later.
+# Between the child's print of its stacks, at the time limit, and its end.
 _LAST_WORDS_S = 0.5
-# Before the first import it starts an interpreter, on a machine that may be frozen.
+# For the start of the interpreter, whose group the kernel may freeze.
 _START_S = 60.0
 _LOOK_S = 0.02
 # Lines of output of a process that ended too early.

@@ -35,7 +35,7 @@ from safepool.threads.registry import runtimes
 
 _Key = tuple[str, str]
 
-# More is no time for faulthandler.
+# The most that faulthandler takes.
 _LONGEST_S = 1e9
 _GONE_WITHIN_S = 1.0
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
         os.dup2(2, 1)
         faulthandler.enable()
-        inspect()  # imports what looks, before anything is counted
+        inspect()  # its own imports come before the first count
         for name in names:
             _tell(told, {"begin": name})
             _tell(told, _import(name, float(limit_s)))
@@ -104,7 +104,7 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
 
 
 def _wait_for_the_end_of(ended: set[int]) -> None:
-    # Joined by a lock that it gives back, a thread is counted until the kernel has ended it.
+    # Python has joined the thread when it gives back a lock; the kernel ends it a little later.
     deadline = time.monotonic() + _GONE_WITHIN_S
     while ended.intersection(procfs.threads()) and time.monotonic() < deadline:
         time.sleep(0.001)

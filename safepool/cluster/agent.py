@@ -67,7 +67,7 @@ from safepool.transport.frames import Filed
 from safepool.transport.sharing import Shared, share
 from safepool.workers.describe import describe
 
-# A pool asks for answers all the time. After so long without a word it is gone.
+# A cluster pool asks for answers all the time. If it has not for so long, it is gone.
 _LAPSE_S = 30.0
 # From the last session of a pool to its end: the next program may need it.
 _IDLE_S = 10.0
@@ -142,7 +142,7 @@ class Session:
         self._traced = False
         self._returned: list[int] | None = None
         self._guard = threading.Lock()
-        # Called when there is something to collect.
+        # Set when there is something to collect.
         self._wake = threading.Event()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 

@@ -19,8 +19,7 @@ from safepool.workers.index import worker_index
 RETURNED, RAISED = b"=", b"!"
 """First segment of an answer: a result follows, or a description of what was raised."""
 
-# Functions that were unpickled in this worker. A program that submits one lambda after the other
-# must not fill it.
+# The most unpickled functions that this worker keeps: a program may submit many lambdas.
 _MOST_FUNCTIONS = 256
 _functions: OrderedDict[str, Callable[..., Any]] = OrderedDict()
 

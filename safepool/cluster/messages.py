@@ -29,16 +29,16 @@ from weakref import WeakSet
 from safepool.transport import payloads, references
 
 PROTOCOL = 1
-"""Of these messages. Other versions of safepool may have the same."""
+"""Version of these messages. Several versions of safepool may have the same."""
 
 MESSAGE_BYTES = 32 << 20
-"""What does not fit goes with the next message: engines hold each in memory several times."""
+"""The most bytes of a message; the rest goes with the next. Engines hold each several times."""
 LARGE_BYTES = 16 * 1024
-"""A function of at least so many bytes (it has data with it) is sent to each node once."""
+"""A function with at least so many bytes of code and data is sent to each node once."""
 LARGE_ARGUMENT_BYTES = 1 << 20
-"""So is a buffer in arguments. On the node it is a mapping, and a descriptor."""
+"""A buffer in arguments of at least so many bytes is, too. It costs the node a descriptor."""
 KEPT_BYTES = 64 << 20
-"""Large functions and buffers that are kept, beside the last ones: they are memory."""
+"""The most bytes of large functions and buffers that are kept for later calls."""
 
 Buffer = Any
 

@@ -71,11 +71,11 @@ _LIST_S = 1.0
 _FIRST_LIST_S = 0.02
 # An agent answers that there is nothing after so long.
 _COLLECT_S = 5.0
-# A message that is not answered for so long: its node is given up. A worker of Dask may be busy
-# with other things that hold the lock of its interpreter.
+# A node that has not answered a message for so long is given up. Other tasks of a Dask worker may
+# hold the lock of its interpreter.
 _SILENCE_S = 60.0
-# A program that ends as soon as its pool has must not be gone before the nodes know: their calls
-# would go on until they miss it.
+# A pool's end waits so long for the nodes to learn of it: if the program ended at once, they would
+# run its calls until they miss it.
 _RELEASE_S = 1.0
 # Why calls are lost that run when a pool is ended.
 _ENDS: dict[str, str] = {

@@ -19,8 +19,8 @@ from safepool.threads.imports import imported
 
 
 def _set_loky(context: Any, count: int) -> None:
-    # Until 3.6, asked for physical cores, it returns the machine's if nothing seems to limit it:
-    # if its limit is not below the machine, which is what os.cpu_count() says.
+    # Until loky 3.6, ``cpu_count(only_physical_cores=True)`` returns the machine's cores unless a
+    # limit is below ``os.cpu_count()``, which is the share here.
     if hasattr(context, "_count_physical_cores"):
         context._count_physical_cores = lambda *_: (count, None)
 

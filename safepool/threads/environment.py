@@ -40,9 +40,9 @@ def worker_environment(
 
     Args:
         threads: Threads for each native pool, at least 1.
-        overrides: The user's variables for workers, any variable. They win, and the run-time
-            cap of the pool that it rules follows it (:func:`runtime_threads`); its other
-            variables do too, such as the ceiling beside a number.
+        overrides: The user's variables for workers. They win. If one sets the number of a pool,
+            the pool's other variables have that number too, and so has its cap at run time
+            (:func:`runtime_threads`).
 
     Returns:
         The value of each variable; ``None`` removes it: it would beat the cap.

@@ -28,7 +28,8 @@ def choose_cpus(
         mask: The available CPUs, by the kernel's numbers; at least one.
         threads: Number of threads of the worker, at least 1. A larger number than the mask: all.
         load: Number of workers that are bound to each CPU; one that is missing has none.
-        first: Begin of the choice among equals, counted along the mask and round it, 0 or more.
+        first: Place in the mask from which equals are taken, 0 or more; after the last CPU the
+            first one follows.
 
     Returns:
         Their numbers, ascending.

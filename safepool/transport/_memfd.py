@@ -40,7 +40,7 @@ _PREPARED_BYTES = 2 << 20
 _STEP_BYTES = 16 << 20
 # madvise(2): MADV_COLLAPSE, Linux 6.1.
 _COLLAPSE = 25
-# memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 there is nothing without it.
+# memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 a file without it is refused.
 _NOEXEC = 8
 # Nobody can change the file, or make it shorter than its mapping, which would cause a SIGBUS.
 _SEALS = linux.F_SEAL_SHRINK | linux.F_SEAL_GROW | linux.F_SEAL_WRITE | linux.F_SEAL_SEAL

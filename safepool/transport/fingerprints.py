@@ -37,13 +37,13 @@ from safepool.transport.marks import (
 from safepool.transport.sharing import Shared
 
 UNKNOWN: Final = b""
-"""Of a value that is too large to be looked at, or shared: it may be the same or not."""
+"""Hash of a value that is too large, or shared: whether it is equal is unknown."""
 
 # Decorators have put attributes on them that no type checker knows.
 _LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, LRU_CACHE)
 _WRAPPERS = frozenset({*DESCRIPTORS, types.MethodType})
 ABSENT: Final = b"absent"
-"""What is said of a name that is not there."""
+"""Hash of a name that does not exist."""
 
 # This many bytes are hashed in some tens of milliseconds.
 _MOST_BYTES = 16 << 20

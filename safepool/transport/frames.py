@@ -40,11 +40,11 @@ _SCRATCH_BYTES = 64 * 1024
 _DIRECT_BYTES = _SCRATCH_BYTES // 4
 # A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
 _JOINED_BYTES = 4 * 1024
-# Of an answer: with fewer bytes it is not asked whether there is room. And the size of the pieces
-# in which it is dropped otherwise.
+# Room in memory is checked for answers from this size on. An answer without room is read and
+# dropped in pieces of this size.
 _HELD_BYTES = 1 << 20
-# A corrupt length must not allocate either: a segment has so much at first, and as much again
-# whenever that is full.
+# A corrupt length must not allocate either: the memory of a segment begins with this size, and
+# doubles when it is full.
 _FIRST_BYTES = 1 << 24
 _IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
 # The most bytes of a frame: the address space of a process.

@@ -48,8 +48,8 @@ _LEAST_FRAMED = 4
 _TEXTS = ((0x8D, 8), (0x58, 4))
 # Opcodes that a length follows, of so many bytes.
 _LENGTHS = {0x95: 8, 0x42: 4, 0x58: 4, 0x8D: 8, 0x8E: 8, 0x96: 8}
-# Of the table of what was pickled: of a slot, and how many slots there are when it doubles for the
-# first time that matters. A table grows when two thirds are used, and then both tables exist.
+# The pickler's table of pickled objects: size of a slot, and number of slots from which its growth
+# matters. It doubles when two thirds are used, and then both tables exist.
 _SLOT_BYTES = 16
 _FIRST_SLOTS = 1 << 18
 # More than are used by one frame.

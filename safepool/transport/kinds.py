@@ -273,8 +273,8 @@ def _declared(kind: type, arguments: tuple[Any, ...], words: dict[str, Any], whe
     return text
 
 
-# Of what has been made here, by key: whether it is a function that evaluates, the value, and what
-# its type variables say.
+# For each alias or type variable that was made here, by its key: whether the value is a function
+# that evaluates it, the value, and constraints and other arguments of the type variables.
 _evaluated: dict[str, tuple[bool, Any, list[Any]]] = {}
 
 

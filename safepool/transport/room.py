@@ -32,28 +32,29 @@ if TYPE_CHECKING:
         MemoryLeft: TypeAlias = Any
         MemoryWatch: TypeAlias = Any
 
-# Bytes to copy without a check: at first, and of the memory that was left at the last check.
+# Bytes that may be copied without a check: before the first one, and afterwards this part (a
+# sixteenth) of the memory that was left.
 _FIRST_BYTES = 4 << 20
 _PART_WITHOUT_LOOK = 16
 _LOOK_S = 1.0
-# Kept free: for the page tables, and the objects that a result is made of.
+# Part of the ceiling that is kept free for page tables and for the objects of a result.
 _PART_KEPT = 32
 _MOST_KEPT_BYTES = 64 << 20
-# Pauses between two attempts to give memory back, as long as the first has taken.
+# Pause between two attempts to give memory back, as a multiple of the time of the first.
 _PAUSES = 20
-# For so long a refusal holds: at the limit, a look for each of many would take most of the time.
+# A refusal holds for so long: at the limit, a check for each copy would take most of the time.
 _REFUSED_S = 0.02
-# Or the release of this many blocks by Python.
+# Both pauses end early when Python has freed this many blocks.
 _FREED_BLOCKS = 100
 # Part of the remaining memory for results that have arrived and were not taken.
 _PART_HELD = 4
-# What is pickled in one piece: as much again.
+# Types that are pickled in one piece, which takes their size once more.
 _FLAT = frozenset({bytes, bytearray, str})
-# Worth a look at each.
+# A larger one is checked separately.
 _LARGE_BYTES = 1 << 20
 # Characters of a text that are sampled for its bytes per character.
 _SAMPLE = 1 << 12
-# Where it is looked for: in containers of so few entries.
+# Containers of at most so many entries are searched for them.
 _MOST_ENTRIES = 16
 _CONTAINERS = frozenset({tuple, list, dict})
 

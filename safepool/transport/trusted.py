@@ -52,7 +52,7 @@ _MAKERS = {
     "safepool.transport.memmaps": ("reopen", "_read_only"),
     "safepool.transport.references": ("attach", "_view_of"),
 }
-# STACK_GLOBAL, in what may be large and is not to be copied.
+# The opcode STACK_GLOBAL. A search by ``in`` would copy a memoryview.
 _NAME = re.compile(b"\x93")
 # Their special methods and makers run nothing of the program's.
 _LIBRARIES = frozenset({"builtins", "collections", "datetime", "decimal", "fractions", "numpy"})
