@@ -248,42 +248,31 @@ class Screen:
                 yield paint(line, "problem" if finding.problem else "advice")
 
 
-def read_screen(*, sample_s: float = 0.0) -> Screen:
-    """Read this process's limits.
+def read_screen(*, view: View | None = None, sample_s: float = 0.0) -> Screen:
+    """Read the limits of this process, or of another one with its threads and libraries.
 
     Args:
+        view: The other process.
         sample_s: Seconds over which throttling is sampled, if there is a quota; 0: no sample.
     """
-    limits = read_limits()
-    throttling, sample = _sampled(read_throttling, sample_s)
-    return Screen(
-        limits=limits,
-        budget=fit(limits),
-        throttling=throttling,
-        sample=sample,
-        standard_workers=_standard_workers(),
-        joblib_workers=_joblib_count(),
-        native_threads=_native_threads(limits, os.environ),
-        variables=_variables(os.environ),
-    )
-
-
-def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
-    """Read another process's limits, threads and libraries; otherwise as `read_screen`."""
     # First, so that the reason for hidden libraries is among the skipped sources.
-    libraries = _native_libraries(view.libraries())
-    limits = view.read_limits()
-    environ = view.environ()
-    throttling, sample = _sampled(view.read_throttling, sample_s)
+    libraries = () if view is None else _native_libraries(view.libraries())
+    limits = read_limits() if view is None else view.read_limits()
+    environ = os.environ if view is None else view.environ()
+    read = read_throttling if view is None else view.read_throttling
+    throttling, sample = _sampled(read, sample_s)
     return Screen(
         limits=limits,
         budget=fit(limits),
         throttling=throttling,
         sample=sample,
         standard_workers=_standard_workers(),
+        joblib_workers=_joblib_count() if view is None else None,
         native_threads=_native_threads(limits, environ),
         variables=_variables(environ),
-        process=OtherProcess(pid=view.pid, threads=view.threads(), libraries=libraries),
+        process=None
+        if view is None
+        else OtherProcess(pid=view.pid, threads=view.threads(), libraries=libraries),
     )
 
 
@@ -297,10 +286,7 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
         ScreenError: The process does not exist, or this system does not show it.
     """
     view = _view(pid or os.getpid()) if pid is not None or watched else None
-    if view is not None and pid is not None:
-        screen = read_process_screen(view, sample_s=_SAMPLE_S)
-    else:
-        screen = read_screen(sample_s=_SAMPLE_S)
+    screen = read_screen(view=None if pid is None else view, sample_s=_SAMPLE_S)
     if view is not None and watched:
         from safepool.cli.watch import watch  # noqa: PLC0415 -- only for this option
 
