@@ -61,10 +61,7 @@ from safepool.errors import SafepoolError, WorkerDiedError, text_of
 from safepool.machine import read_budget
 from safepool.pool.core.policy import Policy
 from safepool.pool.executor import ProcessPool
-from safepool.transport import references
-from safepool.transport.files import Stored, store
-from safepool.transport.frames import Filed
-from safepool.transport.sharing import Shared, share
+from safepool.transport.sharing import placed, share
 from safepool.workers.describe import describe
 
 # A cluster pool asks for answers all the time. If it has not for so long, it is gone.
@@ -294,11 +291,8 @@ class Session:
 def _placed(packet: Packet) -> Any:
     """Place a shared object in this machine's memory; return its handle here."""
     flag, *parts = packet.segments
-    stored = store([bytes(parts[0]), *(memoryview(part) for part in parts[1:])])
-    placed = [part if isinstance(part, (Filed, Stored, bytes)) else bytes(part) for part in stored]
-    shared: Shared[Any] = Shared(placed, writable=bytes(flag) == b"w")
-    references.made(shared)
-    return shared
+    segments: list[Any] = [bytes(parts[0]), *(memoryview(part) for part in parts[1:])]
+    return placed(segments, writable=bytes(flag) == b"w")
 
 
 class Agent:

@@ -250,7 +250,8 @@ class Channel:
                 "a frame refers to a file, and this channel cannot receive files"
             )
         # Shared objects are mapped when they are needed, perhaps more than once.
-        return self._side.receive(lengths, mapped=kind is not Kind.SHARE)
+        found: list[Any] = self._side.receive(lengths, mapped=kind is not Kind.SHARE)
+        return found
 
     if sys.platform == "win32":
 

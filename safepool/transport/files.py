@@ -20,13 +20,12 @@ If the system refuses a file, buffers use the stream: ``store`` returns them unc
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-    from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
 __all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
@@ -44,30 +43,10 @@ else:  # not Linux
     class Stored(Filed):
         """Never made here."""
 
-        def segments(self) -> list[memoryview]:
-            """Return the buffers."""
-            return []
+        segments: Any
+        close: Any
 
-        def close(self) -> None:
-            """Close the file: nothing to do."""
-
-    class Side:
-        """Never made here."""
-
-        def fileno(self) -> int:
-            """Return the socket's descriptor."""
-            return -1
-
-        def send(self, stored: Stored | Handed) -> bool:  # noqa: ARG002 -- as on Linux
-            """Send a file's descriptor; return whether it went."""
-            return False
-
-        def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
-            """Return the buffers of a file that was sent."""
-            raise NotImplementedError(lengths, mapped)
-
-        def close(self) -> None:
-            """Close the socket."""
+    Side: TypeAlias = Any
 
     def invite(_sock: socket.socket) -> Side | None:
         """Return this end of the side of a channel, ``None``: there is none."""

@@ -64,21 +64,22 @@ def share(obj: _T, *, writable: bool = False) -> _T:
     """
     # Small arrays are in the pickle, and would be made anew to be written to.
     reducers = None if writable else read_only_reducers()
-    segments = store(dumps(obj, into_main=True, reducers=reducers))
-    # Placed: what could not be stored is a view of the object's own memory.
-    placed = [part if isinstance(part, (Filed, bytes)) else bytes(part) for part in segments]
-    shared: Any = Shared[_T](placed, writable=writable)
-    references.made(shared)
+    shared: Any = placed(dumps(obj, into_main=True, reducers=reducers), writable=writable)
     handle: _T = shared
     return handle
 
 
+def placed(segments: Sequence[Segment], *, writable: bool) -> Shared[Any]:
+    """Place a pickle and its buffers in unnamed memory; return the handle."""
+    # What could not be stored is a view of the object's own memory.
+    parts = [part if isinstance(part, (Filed, bytes)) else bytes(part) for part in store(segments)]
+    return Shared(parts, writable=writable)
+
+
 def received(segments: Sequence[Buffer | Stored]) -> Shared[Any]:
     """Return the object in a pool's message, from the segments of :meth:`Shared.message`."""
-    flag, *placed = segments
-    shared = Shared[Any](placed, writable=flag == _WRITABLE)
-    references.made(shared)  # a pool inside of a task shares it further
-    return shared
+    flag, *parts = segments
+    return Shared(parts, writable=flag == _WRITABLE)
 
 
 _WRITABLE, _READ_ONLY = b"w", b"r"
@@ -94,6 +95,7 @@ class Shared(Generic[_T]):
         self._value: _T | None = None
         self._loaded = False
         self._key = 0
+        references.made(self)  # also in a worker: a pool inside of a task shares it further
 
     @property
     def value(self) -> _T:
