@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.pool.executor import ProcessPool
 from safepool.threads.environment import worker_environment
+from safepool.threads.placement import own_cpus
 from safepool.threads.registry import revision
 from safepool.transport.payloads import dumps
 
@@ -52,14 +53,9 @@ def born_with(
     except OSError:  # it does not exist any more
         folder = ""
     ours = _variables_of_workers(revision())
-    affinity: Any = getattr(os, "sched_getaffinity", None)
-    try:
-        cpus = None if affinity is None else affinity(0)
-    except OSError:  # a filter refuses the call
-        cpus = None
     environ = {name: value for name, value in os.environ.items() if name not in ours}
     contents = b"" if initializer is None else _digest((initializer, initargs))
-    return environ, folder, [*sys.path], cpus, contents
+    return environ, folder, [*sys.path], own_cpus(), contents
 
 
 @functools.lru_cache(maxsize=1)

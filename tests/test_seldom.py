@@ -244,8 +244,8 @@ if sys.platform == "linux":
 
     def test_where_the_mask_is_refused_nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", refuse)
-        assert placement._mask() == set()
-        assert blocks._cpus() == (os.cpu_count() or 1)
+        assert placement.own_cpus() == set()
+        assert blocks._Blocks()._otherwise(None, None) == (os.cpu_count() or 1)
         assert placement.Placement(1).choose([]) == ()
 
     def test_a_process_of_another_user_is_said_to_be_his(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from safepool.threads.environment import (
 )
 from safepool.threads.imports import AfterImport
 from safepool.threads.native import NativeLibraries, is_of_the_process, runtime_of, set_threads
+from safepool.threads.placement import own_cpus
 from safepool.threads.registry import (
     brought_by,
     imported_runtimes,
@@ -232,7 +233,7 @@ class _Blocks:
         """Return the threads that a runtime would have chosen outside of every block."""
         outside = {**os.environ, **self._variables}
         ruled = None if row is None else ruled_threads(row, outside)
-        return ruled or self._threads or default or _cpus()
+        return ruled or self._threads or default or len(own_cpus()) or os.cpu_count() or 1
 
     def _remember_calls(self) -> None:
         for row, call, module in imported_runtimes():
@@ -309,20 +310,6 @@ class _Blocks:
                 ruled = found == self._number(otherwise)
                 self._calls[row.name] = (call, module, otherwise if ruled else found)
             attempt(call.write, module, self._number(otherwise))
-
-
-if sys.platform == "linux":
-
-    def _cpus() -> int:
-        try:
-            return len(os.sched_getaffinity(0))
-        except OSError:  # a filter refuses the call
-            return os.cpu_count() or 1
-
-else:  # not Linux
-
-    def _cpus() -> int:
-        return os.cpu_count() or 1
 
 
 _blocks = _Blocks()

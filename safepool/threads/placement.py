@@ -13,10 +13,10 @@ Not covered:
 from __future__ import annotations
 
 import os
-import random
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 
 def choose_cpus(
@@ -62,7 +62,7 @@ class Placement:
 
     def __init__(self, threads: int, first: int | None = None) -> None:
         self._threads = threads
-        self._first = random.randrange(1 << 16) if first is None else first
+        self._first = int.from_bytes(os.urandom(2)) if first is None else first
 
     def choose(self, taken: Iterable[Iterable[int]]) -> tuple[int, ...]:
         """Return the CPUs of another worker; empty where binding is impossible.
@@ -71,20 +71,23 @@ class Placement:
             taken: The CPUs of each worker that stays. The CPUs of an ended worker are free, so its
                 replacement takes them.
         """
-        mask = _mask()
+        mask = own_cpus()
         if not mask:
             return ()
         load = Counter(cpu for cpus in taken for cpu in cpus)
         return choose_cpus(mask, self._threads, load, self._first)
 
 
-if sys.platform == "linux":
+def own_cpus() -> set[int]:
+    """Return the CPUs that this thread may run on; none if the system does not say."""
+    ask: Any = getattr(os, "sched_getaffinity", None)
+    try:
+        return set(ask(0) if ask else ())
+    except OSError:  # a filter refuses the call
+        return set()
 
-    def _mask() -> set[int]:
-        try:
-            return os.sched_getaffinity(0)
-        except OSError:
-            return set()
+
+if sys.platform == "linux":
 
     def why_not_bound() -> str:
         """Return why no worker can be bound to CPUs here; empty if it can."""
@@ -105,9 +108,6 @@ if sys.platform == "linux":
             pass  # taken from the whole group since they were chosen; they are no loss
 
 else:  # not Linux
-
-    def _mask() -> set[int]:
-        return set()
 
     def why_not_bound() -> str:
         """Return why no worker can be bound to CPUs here; empty if it can."""

@@ -87,7 +87,7 @@ def test_workers_spread_evenly_and_a_replacement_keeps_it_so(
 def test_small_pools_of_several_programs_do_not_all_begin_at_the_same_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(placement, "_mask", lambda: set(range(64)))
+    monkeypatch.setattr(placement, "own_cpus", lambda: set(range(64)))
 
     assert len({Placement(1).choose([]) for _ in range(50)}) > 5
 
