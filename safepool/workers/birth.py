@@ -24,7 +24,7 @@ from typing import Any
 
 from safepool import linux
 from safepool.transport import marks
-from safepool.workers import lifeline, script
+from safepool.workers import lifeline, off_path, script
 from safepool.workers.fork import code_of, flush
 from safepool.workers.main import be_worker
 
@@ -131,6 +131,7 @@ def _go(details: dict[str, Any], folder: int) -> None:
         if wanted.get("TZ") != now.get("TZ"):
             time.tzset()
     sys.path[:] = details["path"]
+    off_path.find_modules(details["off_path"])
     sys.argv[:] = details["argv"]
     sys.setrecursionlimit(details["recursion"])
     if details["umask"] is not None:

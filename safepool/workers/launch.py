@@ -30,6 +30,7 @@ from typing import Any
 from safepool import linux, procfs
 from safepool.errors import naming
 from safepool.workers import forked, keeper
+from safepool.workers.off_path import modules_off_path
 from safepool.workers.safe_path import is_safe, safe_path
 
 assert sys.platform == "linux"
@@ -365,6 +366,7 @@ def _circumstances() -> dict[str, Any]:
     """Return the inherited state that a child of this process can still set later."""
     return {
         "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "off_path": modules_off_path(),
         "argv": list(sys.argv),
         "umask": _umask(),
         "nice": linux.asked(os.getpriority, os.PRIO_PROCESS, 0),
