@@ -32,6 +32,7 @@ from safepool.arguments import RULES, Rule, check, what_was_meant
 from safepool.pool.calls.gathering import GatheredRun
 from safepool.pool.calls.mapping import MapRun
 from safepool.pool.calls.results import ResultIterator
+from safepool.pool.calls.tasks import here
 from safepool.pool.core.policy import policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.hands import ThreadThatStarts
@@ -453,7 +454,8 @@ class Pool(_StandardPool):
         """
         if self._state == RUN:
             raise ValueError("Pool is still running")
-        if self._state == CLOSE:
+        # A fork has no such threads.
+        if self._state == CLOSE and self._engine._scheduler._me.pid == here.pid:
             for feeder, results in [*self._feeders.items()]:
                 results.take_all()
                 feeder.join()
@@ -631,7 +633,7 @@ class ApplyResult(_StandardResult[_T]):
         # A waiting thread wakes after the callback.
         self._told: Latch | None = None
         if callback is not None or error_callback is not None:
-            self._told = Latch()
+            self._told, self._pid = Latch(), here.pid
             future.add_done_callback(self._tell)
 
     def ready(self) -> bool:
@@ -644,7 +646,8 @@ class ApplyResult(_StandardResult[_T]):
             ...     result.ready()
             True
         """
-        return self._future.done() if self._told is None else self._told.is_open
+        told = self._told_here
+        return self._future.done() if told is None else told.is_open
 
     def successful(self) -> bool:
         """Return whether the call has ended without an exception.
@@ -670,8 +673,8 @@ class ApplyResult(_StandardResult[_T]):
             >>> with Pool(1) as pool:
             ...     pool.apply_async(abs, (-1,)).wait(timeout=60)
         """
-        if self._told is not None:
-            self._told.wait(timeout)
+        if (told := self._told_here) is not None:
+            told.wait(timeout)
             return
         try:
             self._future.exception(timeout)
@@ -704,6 +707,11 @@ class ApplyResult(_StandardResult[_T]):
         finally:
             # Otherwise the exception's traceback would hold this frame.
             del self, error
+
+    @property
+    def _told_here(self) -> Latch | None:
+        # A fork has no thread that calls back.
+        return None if self._told is None or self._pid != here.pid else self._told
 
     def _raised(self) -> BaseException | None:
         if self._error is None:

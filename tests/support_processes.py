@@ -188,3 +188,30 @@ def terminal(code: str, *, cwd: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         os.close(ours)
         if theirs >= 0:
             os.close(theirs)
+
+
+def in_a_fork(ask: Callable[[], object]) -> str:
+    """Return the ``repr`` of what ``ask`` returns in a fork of this process, or its error's text.
+
+    A fork that waits is ended by a signal.
+    """
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            try:
+                told = repr(ask())
+            except BaseException as error:
+                told = f"{type(error).__name__}: {error}"
+            os.write(sender, told.encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8") as stream:
+        told = stream.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the fork has waited"
+    return told

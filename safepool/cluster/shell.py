@@ -47,7 +47,7 @@ from safepool.cluster.nodes import Handles, Node
 from safepool.cluster.submitted import ClusterFuture, Mapped, Submitted
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
 from safepool.pool.calls.results import OpenMaps, ResultIterator, Results
-from safepool.pool.calls.tasks import PoolFuture, callbacks_by, rebuild
+from safepool.pool.calls.tasks import OwnerRef, PoolFuture, callbacks_by, here, rebuild
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
 from safepool.pool.shell.exits import finish_at_exit, last_uncaught
@@ -127,7 +127,7 @@ class Shell:
         self.buffers: Buffers = Buffers()
         self._inbox: queue.SimpleQueue[Callable[[], c.Event | None]] = queue.SimpleQueue()
         self._pid = os.getpid()
-        self._me = weakref.ref(self)
+        self._me = OwnerRef(self)
         self._closing = False
         self._over = False
         self._ended = Latch()
@@ -226,8 +226,10 @@ class Shell:
         """Refuse that a thread waits for a result that it has to bring itself.
 
         Raises:
-            RuntimeError: The caller is this pool's own thread, or the engine's.
+            RuntimeError: The caller is this pool's own thread, the engine's, or a fork's.
         """
+        if here.pid != self._pid:
+            self._me.check()
         if self._is_needed():
             raise RuntimeError(
                 "this thread carries the pool's calls, and would wait for itself. Await "
@@ -355,11 +357,7 @@ class Shell:
         return {label: _answer(future, timeout_s) for label, future in asked.items()}
 
     def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and process {os.getpid()} is a fork "
-                "of that process. Make a new pool in the fork"
-            )
+        self._me.check()
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
         self.begin()

@@ -44,7 +44,7 @@ class ClusterFuture(PoolFuture):
     """A future that refuses to be waited for by the thread that carries its call."""
 
     def _wait(self, timeout_s: float | None) -> Any:
-        pool: Owner | None = self.owner()  # type: ignore[operator]
+        pool: Owner | None = None if self.owner is None else self.owner()
         if pool is not None and timeout_s != 0 and not self.done():
             pool.check_may_wait()
         return super()._wait(timeout_s)

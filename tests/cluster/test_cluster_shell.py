@@ -21,7 +21,7 @@ from support_inside import (
     unused_places,
     wait_for_answers,
 )
-from support_processes import wait_until
+from support_processes import in_a_fork, wait_until
 
 import safepool
 from safepool import WorkerInfo
@@ -625,6 +625,19 @@ def test_arguments_that_no_node_can_use_are_told() -> None:
         "no node can be used (call 1: ModuleNotFoundError: preload names "
         "'nomodule': no module named 'nomodule'. Install it, or leave it out)"
     )
+
+
+def test_a_fork_of_the_program_does_not_wait_for_nodes(
+    pool_of: Callable[..., ClusterPool],
+) -> None:
+    pool = pool_of(Engine())
+    future, results = pool.submit(abs, -1), pool.map(abs, [-1])
+
+    for ask in (future.result, lambda: next(results), lambda: pool.submit(abs, -1)):
+        assert "is a fork of that process: results arrive only in" in in_a_fork(ask)
+    assert in_a_fork(lambda: pool.cancel(future, kill=True)) == "False"
+    assert in_a_fork(pool.shutdown) == "None"
+    assert not future.done()
 
 
 def fails() -> None:

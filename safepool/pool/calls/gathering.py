@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.calls.mapping import MapRun
-from safepool.pool.calls.tasks import PoolFuture, fail, finish
+from safepool.pool.calls.tasks import OwnerRef, PoolFuture, fail, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ class GatheredRun(MapRun):
         *,
         starred: bool,
         count: int,
-        owner: object,
+        owner: OwnerRef,
     ) -> None:
         super().__init__(function, name, policy, at_once, starred=starred)
         self.future: PoolFuture = PoolFuture(owner)

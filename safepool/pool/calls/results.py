@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 from safepool.errors import PoolBrokenError, users_frames
 from safepool.pool.calls import mapping
 from safepool.pool.calls.mapping import Item, MapRun, Raised
-from safepool.pool.calls.tasks import fresh
+from safepool.pool.calls.tasks import fresh, here
 from safepool.pool.latch import Bell, Place, Waiters
 from safepool.transport.room import held_at_most
 
@@ -116,6 +116,7 @@ class Results:
         # The thread that shuts the pool down takes items as well, beside the iterating thread.
         self._pulling = threading.RLock()
         self._pulls = False
+        self._pid = here.pid
         if self._is_fed:
             return
         self._pull()
@@ -198,6 +199,8 @@ class Results:
         """Wait; return whether :meth:`advance` would return at once."""
         if self._rest or self._over or (not self._is_fed and self._run.taken == self._fed):
             return True
+        if self._pid != here.pid:
+            return True  # it raises
         return self._run.wait(self._run.taken, time.monotonic() + timeout_s)
 
     def look(self, bell: Bell | None = None) -> bool:
@@ -205,7 +208,7 @@ class Results:
 
         Further items are taken, if it is time. For a thread that waits for nothing.
         """
-        if self._rest or self._over:
+        if self._rest or self._over or self._pid != here.pid:
             return True
         index = self._run.taken
         if self._items is not None:
@@ -230,15 +233,23 @@ class Results:
         After the last result: that of the items' iterator, or the pool's reason not to take them.
         """
         self.seen = True
-        here = object()
+        if self._pid != here.pid:
+            self._leave()
+        mine = object()
         try:
-            if vars(self).setdefault("_inside", here) is not here:
+            if vars(self).setdefault("_inside", mine) is not mine:
                 return Raised(ValueError("another thread waits for the next result of this map"))
             return self._advance()
         finally:
             # This excludes an iteration by another thread.
-            if vars(self).get("_inside") is here:
+            if vars(self).get("_inside") is mine:
                 del vars(self)["_inside"]
+
+    def _leave(self) -> None:
+        """Take no item in a fork: a thread that it lacks may be among them, and hold the locks."""
+        self._pulling = threading.RLock()
+        vars(self).pop("_inside", None)
+        self._is_fed = self._is_fed or self._items is not None
 
     def _advance(self) -> list[Any] | Raised:
         if self._over:

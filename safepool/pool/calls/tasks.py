@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import queue
+import sys
 import threading
 import time
 import types
+import weakref
 from collections import deque
 from concurrent.futures import CancelledError, Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.pool.core.work import Call
@@ -75,6 +78,42 @@ _MOMENT_S = 0.02
 _LATE = "safepool-late"
 
 
+class _Here:
+    """This process. ``os.getpid()`` asks the system each time, which is slow in some sandboxes."""
+
+    pid: int = os.getpid()
+
+
+here: _Here = _Here()
+
+
+class OwnerRef(weakref.ref[Any]):
+    """Weak reference to a pool, and the process in which the pool ends its calls."""
+
+    __slots__ = ("pid",)
+
+    pid: int
+
+    def __new__(cls, pool: object) -> Self:
+        """Refer to a pool of this process."""
+        made = super().__new__(cls, pool)
+        made.pid = os.getpid()
+        return made
+
+    def check(self) -> None:
+        """Refuse the use of the pool in a fork of its process."""
+        if os.getpid() != self.pid:
+            raise self.refusal()
+
+    def refusal(self) -> RuntimeError:
+        """Return the error of a use in a fork."""
+        return RuntimeError(
+            f"this pool belongs to process {self.pid}, and process {os.getpid()} is a fork of "
+            f"that process: results arrive only in process {self.pid}. Make a new pool in the "
+            "fork, and submit the call there"
+        )
+
+
 class PoolFuture(Future[Any]):
     """A future without a lock that could be held while a signal handler runs.
 
@@ -88,13 +127,16 @@ class PoolFuture(Future[Any]):
                   under ``_condition``
         turn      by which the call was sent, while the scheduler does not know of it (``turns``)
 
+    A fork of the pool's process has none of its threads. An unfinished future ends there with an
+    error as soon as the fork asks for it; its callbacks are left to the pool's process.
+
     ``_condition`` and its relatives are made on first access. Unlike ``concurrent.futures.Future``
     before Python 3.14, this class raises exceptions whatever their truth value: that one asks ``if
     self._exception:`` and so returns ``None`` for an exception with ``__bool__`` or an empty
     ``__len__`` (gh-132063).
     """
 
-    def __init__(self, owner: object = None) -> None:
+    def __init__(self, owner: OwnerRef | None = None) -> None:
         """Make one that this pool ends."""
         # The base class's __init__ is not called: its condition costs as much as the pickling of a
         # call.
@@ -143,7 +185,7 @@ class PoolFuture(Future[Any]):
     def cancel(self) -> bool:
         """Cancel the call, unless it runs or has ended."""
         facts = self.__dict__
-        if "_verdict" in facts or facts.setdefault("_claim", _CANCEL) is _RUN:
+        if self._is_left or "_verdict" in facts or facts.setdefault("_claim", _CANCEL) is _RUN:
             return self.cancelled()
         self._announce()
         return True
@@ -156,7 +198,7 @@ class PoolFuture(Future[Any]):
     def running(self) -> bool:
         """Return whether a worker has it."""
         self._ask()
-        return self.__dict__.get("_claim") is _RUN and "_verdict" not in self.__dict__
+        return self.__dict__.get("_claim") is _RUN and self._outcome() is None
 
     def done(self) -> bool:
         """Return whether it has ended, or was cancelled."""
@@ -365,9 +407,37 @@ class PoolFuture(Future[Any]):
     def _outcome(self) -> _Verdict | None:
         facts = self.__dict__
         verdict: _Verdict | None = facts.get("_verdict")
-        if verdict is None and facts.get("_claim") is _CANCEL:
-            return _CANCELLED
+        if verdict is None:
+            owner = self.owner
+            if owner is not None and owner.pid != here.pid:
+                return self._leave()
+            if facts.get("_claim") is _CANCEL:
+                return _CANCELLED
         return verdict
+
+    @property
+    def _is_left(self) -> bool:
+        """Whether this process is a fork of the pool's."""
+        owner = self.owner
+        return owner is not None and owner.pid != here.pid
+
+    def _leave(self) -> _Verdict:
+        """End it in a fork, without its locks: threads that the fork lacks may hold them."""
+        facts, owner = self.__dict__, self.owner
+        assert owner is not None
+        for left in ("_turn", "_done_callbacks"):
+            facts.pop(left, None)
+        error = None if facts.get("_claim") is _CANCEL else (_base.FINISHED, None, owner.refusal())
+        verdict: _Verdict = facts.setdefault("_verdict", error or _CANCELLED)
+        facts["_told"] = verdict[0]
+        return verdict
+
+    def _condition_in_fork(self) -> Any:
+        facts = self.__dict__
+        if not self._is_left:
+            return facts.get("_condition") or self.__getattr__("_condition")
+        self._leave()
+        return facts.setdefault(f"condition in {here.pid}", threading.Condition())
 
     def _ask(self) -> None:
         """Let the scheduler know of the call, if it does not yet and has not ended."""
@@ -419,6 +489,16 @@ _MADE_WHEN_ASKED: dict[str, Callable[[], Any]] = {
     "_done_callbacks": deque,
     "_latch": Latch,
 }
+
+
+def _forked() -> None:
+    here.pid = os.getpid()
+    # Only here: in the program a property would cost time with each future of a wait().
+    setattr(PoolFuture, "_condition", property(PoolFuture._condition_in_fork))  # noqa: B010
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forked)
 
 # Attributes of a scheduler's thread: its pool, and the caller of its futures' callbacks.
 _callers = threading.local()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from safepool.machine import handlers_by
 from safepool.pool.calls.mapping import MapRun, Span
 from safepool.pool.calls.results import OpenMaps
 from safepool.pool.calls.tasks import (
+    OwnerRef,
     PoolFuture,
     Task,
     callbacks_by,
@@ -123,7 +123,7 @@ class Loop:
         self._ended_latch = Latch()
         self._pid = os.getpid()
         # By which a future knows whose it is, without holding on to it.
-        self._me = weakref.ref(self)
+        self._me = OwnerRef(self)
         # Maps whose items have not all been taken from the caller's iterators.
         self._open = OpenMaps()
         # Filled by the scheduler's thread before it waits; emptied by the thread that wakes it.

@@ -40,7 +40,8 @@ Races, each handled at its letter, here or in the core (A to C: ``staff``):
        unused iterator of a ``map`` takes the remaining items.)
     F  The interpreter shuts down and refuses new processes: the first worker is started before
        submit() returns, and later calls fail instead of waiting.
-    G  The program forks: the child has no scheduler thread, and its submit() raises.
+    G  The program forks: the child has no scheduler thread. There submit() raises, and so do
+       unfinished futures and maps.
     H  A worker has ended when a task is to be sent, or dies before the task has begun: the task
        goes to another worker. Only a large task that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
@@ -69,7 +70,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.pool.calls.mapping import Coming, MapRun
 from safepool.pool.calls.results import Results
-from safepool.pool.calls.tasks import PoolFuture, Task
+from safepool.pool.calls.tasks import PoolFuture, Task, here
 from safepool.pool.core import events as e
 from safepool.pool.hands import ThreadThatStarts
 from safepool.pool.latch import Latch
@@ -234,7 +235,9 @@ class Scheduler(Loop):
             self._wait_for_the_first_worker()
 
     def check_may_wait(self) -> None:
-        """Refuse that the scheduler's own thread waits for a result, in a finalizer."""
+        """Refuse that the scheduler's own thread waits for a result, in a finalizer; or a fork."""
+        if here.pid != self._pid:
+            self._check_fork()
         if threading.current_thread() is self._thread:
             raise RuntimeError(
                 "the pool's own thread would wait for itself. Do not wait for a result of a pool "
@@ -354,11 +357,7 @@ class Scheduler(Loop):
 
     def _check_fork(self) -> None:
         # Race G.
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and process {os.getpid()} is a fork "
-                "of that process. Make a new pool in the fork"
-            )
+        self._me.check()
         if not self._begun:
             self._hiring.pack_ahead()
 
