@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import operator
 import sys
 import types
@@ -521,14 +522,30 @@ def _mark_of_code(code: types.CodeType) -> bytes:
 
 
 def _mark_of_held(function: Any) -> bytes:
-    """Return a mark of the plain values that a function has captured: a decorator's arguments."""
+    """Return a mark of plain values that a function has, and of the functions it dispatches to.
+
+    Values are its defaults, and what it has captured: a decorator's arguments.
+    """
     cells = getattr(function, "__closure__", None) or ()
     held = [cell.cell_contents for cell in cells if is_full(cell)]
+    if type(function) is types.FunctionType:
+        held += function.__defaults__ or ()
+        held += itertools.chain(*(function.__kwdefaults__ or {}).items())
+    for kind, one in _registry_of(function).items():
+        code = attribute_of(one, "__code__")
+        own = _mark_of_code(code) if type(code) is types.CodeType else b""
+        held += attribute_of(kind, "__qualname__"), own
     plain = [repr(one) if type(one) in PLAIN else "" for one in held]
     if not any(plain):
         return b""
     text = repr(plain).encode("utf-8", "surrogatepass")
     return blake2b(text, digest_size=8).hexdigest().encode()
+
+
+def _registry_of(function: Any) -> Mapping[Any, Any]:
+    """Return the functions by type of one of ``functools.singledispatch``."""
+    found = space_of(function).get("registry")
+    return found if type(found) is types.MappingProxyType else {}
 
 
 def _parts_of_class(kind: type) -> Iterator[bytes]:

@@ -290,6 +290,46 @@ def test_workers_of_the_standard_library_that_end_with_the_script_tell_its_error
         assert f"\n{last}\n" in trace
 
 
+@pytest.mark.parametrize("main", ["run", "value"])
+def test_defaults_code_and_dispatch_that_the_program_has_set_reach_workers(
+    main: str, tmp_path: Path
+) -> None:
+    """Set below the guard, before a call; workers that ran the script have what it set itself."""
+    program = f"""
+    import functools, time
+    def plain(x, y=1):
+        return x + y
+    def named(*, z=1):
+        return z
+    def coded():
+        return "old"
+    def born(when=time.time_ns()):
+        return when
+    @functools.singledispatch
+    def shown(x):
+        return "any"
+    class Point:
+        def far(self, y=1):
+            return y
+    def call():
+        return plain(0), named(), coded(), born(), shown(1), shown(""), Point().far()
+    if __name__ == "__main__":
+        plain.__defaults__, Point.far.__defaults__, named.__kwdefaults__ = (2,), (3,), {{"z": 4}}
+        coded.__code__ = (lambda: "new").__code__
+        shown.register(int, lambda x: "int")
+        expected = call()
+        with safepool.ProcessPool(1, main={main!r}) as pool:
+            print(*expected, pool.submit(call).result() == expected)
+            print(pool.submit(plain, 1).result(), pool.submit(shown, 1).result())
+    """
+    out, err = run(program, tmp_path)
+
+    told, alone = out.splitlines()
+    assert told.startswith("2 4 new "), err
+    assert told.endswith(" int any 3 True")
+    assert alone == "3 int"
+
+
 def test_two_pools_share_the_run_and_one_by_value_has_none(tmp_path: Path) -> None:
     program = """
     def look():
