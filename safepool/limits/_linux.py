@@ -31,7 +31,7 @@ from safepool.limits.affinity import AFFINITY, read_captured_affinity
 from safepool.limits.cgroup import Level, find_levels
 from safepool.limits.environment import read_environment
 from safepool.limits.files import Machine
-from safepool.limits.levels import read_pids
+from safepool.limits.levels import read_levels, read_pids
 from safepool.limits.place import read_own_groups_text, read_place
 
 assert sys.platform == "linux"
@@ -61,7 +61,7 @@ def read_groups_limits(machine: Machine, environ: Mapping[str, str] | None) -> L
     return replace(
         _cpu_limits(machine, find_levels(machine, place, "cpu"), environ),
         memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
-        pids=read_pids(machine, find_levels(machine, place, "pids")),
+        pids=read_levels(machine, find_levels(machine, place, "pids"), read_pids),
     )
 
 
@@ -83,7 +83,7 @@ def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCoun
     """Read the counters; see `safepool.limits.read_oom_counts`."""
     machine = Machine(root)
     levels = find_levels(machine, read_place(machine), "memory")
-    return memory.read_oom_counts(machine, levels)
+    return read_levels(machine, levels, memory.read_oom)
 
 
 def _cpu_limits(
@@ -93,7 +93,7 @@ def _cpu_limits(
     if environ is None:
         environ = os.environ if here else {}
     affinity = _affinity(machine) if here else read_captured_affinity(machine)
-    quotas = quota.read_quotas(machine, levels)
+    quotas = read_levels(machine, levels, quota.read_quota)
     bounds, exact, skipped = read_environment(environ, sys._xoptions if here else {})
     machine.skipped.extend(note for note in skipped if note not in machine.skipped)
     return Limits(

@@ -99,16 +99,12 @@ def read_number(machine: Machine, source: str, *, unit: str = "bytes") -> int | 
         return None
 
 
-def read_pids(machine: Machine, levels: Iterable[Level]) -> tuple[PidsLimit, ...]:
-    """Read ``pids.max`` of every level; the file is the same in both versions.
+def read_pids(machine: Machine, directory: str, _version: int) -> PidsLimit | None:
+    """Read ``pids.max``, which is the same in both versions, for :func:`read_levels`.
 
     Source:
         Linux, Documentation/admin-guide/cgroup-v2.rst, "PID Interface Files"; cgroup-v1/pids.rst.
     """
-    return read_levels(machine, levels, _read_pids)
-
-
-def _read_pids(machine: Machine, directory: str, _version: int) -> PidsLimit | None:
     source = f"{directory}/pids.max"
     text = machine.read(source)
     if text is None:

@@ -29,7 +29,7 @@ from safepool.limits._types import MemoryLimit, OutOfMemoryCount
 from safepool.limits.levels import NO_LIMIT, parse_number, read_levels, read_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
@@ -123,12 +123,8 @@ def _read(machine: Machine, prefix: str, version: int, *, innermost: bool) -> li
     ]
 
 
-def read_oom_counts(machine: Machine, levels: Iterable[Level]) -> tuple[OutOfMemoryCount, ...]:
-    """Read the counters of every level, in their order; levels without them are left out."""
-    return read_levels(machine, levels, _read_oom)
-
-
-def _read_oom(machine: Machine, directory: str, version: int) -> OutOfMemoryCount | None:
+def read_oom(machine: Machine, directory: str, version: int) -> OutOfMemoryCount | None:
+    """Read the counters of one group, for :func:`~safepool.limits.levels.read_levels`."""
     source = f"{directory}/{_KILLS[version]}"
     # Both files have lines of a name and a number, like memory.stat.
     events = parse_memory_stat(machine.read(source) or "")

@@ -153,18 +153,9 @@ def parse_cpu_stat(text: str, *, source: str) -> Throttling:
     )
 
 
-def read_quotas(machine: Machine, levels: Iterable[Level]) -> tuple[Limit, ...]:
-    """Read the quota of every level, in their order; levels without the file are left out.
-
-    The leaf alone is not enough: a group gets no more than any group above it, and
-    systemd writes a slice's CPUQuota= above the groups of the slice's services.
-    """
-    return read_levels(machine, levels, _read)
-
-
 def read_binding(machine: Machine, levels: Iterable[Level]) -> Limit | None:
     """Read the smallest quota; ``None`` if no group sets one."""
-    quotas = [limit for limit in read_quotas(machine, levels) if limit.cpus is not None]
+    quotas = [one for one in read_levels(machine, levels, read_quota) if one.cpus is not None]
     return min(quotas, key=lambda limit: limit.cpus or 0.0, default=None)
 
 
@@ -184,7 +175,12 @@ def read_throttling(machine: Machine, levels: Iterable[Level]) -> Throttling | N
         return None
 
 
-def _read(machine: Machine, directory: str, version: int) -> Limit | None:
+def read_quota(machine: Machine, directory: str, version: int) -> Limit | None:
+    """Read the quota of one group, for :func:`~safepool.limits.levels.read_levels`.
+
+    The leaf alone is not enough: a group gets no more than any group above it, and
+    systemd writes a slice's CPUQuota= above the groups of the slice's services.
+    """
     source = f"{directory}/{'cpu.max' if version == 2 else 'cpu.cfs_quota_us'}"
     text = machine.read(source)
     if text is None:
