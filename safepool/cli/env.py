@@ -13,13 +13,13 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from safepool.cli.text import json_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from safepool.cli.run import Plan
 
 # Characters without meaning as a quote, an escape, a comment or a variable for every reader of
@@ -28,86 +28,56 @@ _PLAIN = re.compile(r"[\w./:,@%+=-]+", re.ASCII)
 _PLAIN_IN_FILES = re.compile(r"[\w./:,@%+=\\-]*", re.ASCII)
 
 
-def as_sh(changes: Mapping[str, str | None]) -> str:
-    """Return statements for a POSIX shell. They also hold where ``eval`` has no quotes.
-
-    Example:
-        >>> print(as_sh({"A": "it's", "B": None}), end="")
-        export A='it'"'"'s';
-        unset B;
-    """
-    return "".join(
-        f"unset {name};\n" if value is None else f"export {name}={shlex.quote(value)};\n"
-        for name, value in changes.items()
-    )
+def _quoted(plain: re.Pattern[str], value: str) -> str:
+    if plain.fullmatch(value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def as_fish(changes: Mapping[str, str | None]) -> str:
-    r"""Return statements for fish, whose single quotes know two escapes.
-
-    Example:
-        >>> print(as_fish({"A": "it's", "B": None}), end="")
-        set -gx A 'it\'s';
-        set -e B;
-    """
-    return "".join(
-        f"set -e {name};\n" if value is None else f"set -gx {name} {_quoted(value)};\n"
-        for name, value in changes.items()
-    )
+# For each form: how a variable is set, how it is removed, and how a value is quoted.
+_FORMS: dict[str, tuple[str, str, Callable[[str], str]]] = {
+    "sh": ("export {}={};\n", "unset {};\n", shlex.quote),
+    "fish": ("set -gx {} {};\n", "set -e {};\n", partial(_quoted, _PLAIN)),
+    "dotenv": ("{}={}\n", "# unset {}\n", partial(_quoted, _PLAIN_IN_FILES)),
+}
 
 
-def as_dotenv(changes: Mapping[str, str | None]) -> str:
-    """Return lines of a ``.env`` file, which can set and not remove: that is a comment.
+def written(changes: Mapping[str, str | None], form: str) -> str:
+    r"""Return the changes in a form.
 
-    Quotes are only where they are needed: docker's ``--env-file`` would take them literally. A
-    value that needs them and ends with a backslash cannot be written.
+    Statements for ``sh`` also hold where ``eval`` has no quotes. A ``.env`` file cannot remove a
+    variable: a comment stands for that. It has quotes only where they are needed, because docker's
+    ``--env-file`` takes them literally; a value that needs them and ends with a backslash cannot
+    be written.
 
     Source:
         python-dotenv, README, "File format".
 
     Example:
-        >>> print(as_dotenv({"A": "2", "B": "two words", "C": None}), end="")
+        >>> print(written({"A": "it's", "B": None}, "sh"), end="")
+        export A='it'"'"'s';
+        unset B;
+        >>> print(written({"A": "it's", "B": None}, "fish"), end="")
+        set -gx A 'it\'s';
+        set -e B;
+        >>> print(written({"A": "2", "B": "two words", "C": None}, "dotenv"), end="")
         A=2
         B='two words'
         # unset C
     """
+    if form == "json":
+        return json_of(changes, schema=None) + "\n"
+    put, removed, quoted = _FORMS[form]
     return "".join(
-        f"# unset {name}\n" if value is None else f"{name}={_quoted(value, _PLAIN_IN_FILES)}\n"
+        removed.format(name) if value is None else put.format(name, quoted(value))
         for name, value in changes.items()
     )
 
 
-def as_json(changes: Mapping[str, str | None]) -> str:
-    """Return one JSON object.
-
-    Example:
-        >>> print(as_json({"A": "2", "B": None}), end="")
-        {
-          "A": "2",
-          "B": null
-        }
-    """
-    return json_of(changes, schema=None) + "\n"
-
-
-FORMATS: dict[str, Callable[[Mapping[str, str | None]], str]] = {
-    "sh": as_sh,
-    "fish": as_fish,
-    "dotenv": as_dotenv,
-    "json": as_json,
-}
-
-
 def run(plan: Plan, form: str) -> int:
-    """Print a plan in a form of `FORMATS`; return the exit code."""
+    """Print a plan in a form; return the exit code."""
     if sys.stdout is not None:
         sys.stdout.flush()
         # A path may be of any bytes.
-        sys.stdout.buffer.write(os.fsencode(FORMATS[form](plan.changes)))
+        sys.stdout.buffer.write(os.fsencode(written(plan.changes, form)))
     return 0
-
-
-def _quoted(value: str, plain: re.Pattern[str] = _PLAIN) -> str:
-    if plain.fullmatch(value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -14,7 +14,7 @@ import support_schemas
 
 import safepool
 from safepool.cli import main
-from safepool.cli.env import FORMATS
+from safepool.cli.env import written
 from safepool.cli.run import PROGRAM_VARIABLES
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def heard(command: list[str]) -> Mapping[str, str | None]:
 
 
 def test_a_shell_sets_what_was_said() -> None:
-    text = FORMATS["sh"](VALUES)
+    text = written(VALUES, "sh")
 
     assert heard(["sh", "-ec", 'eval "$1"; "$PYTHON" -c "$SHOW"', "sh", text]) == VALUES
 
 
 def test_a_shell_needs_no_quotes_around_numbers() -> None:
     """As many write it: ``eval $(safepool env)``."""
-    text = FORMATS["sh"]({"NUMBER": "2", "PATHS": "/a:/b", "OLD": None})
+    text = written({"NUMBER": "2", "PATHS": "/a:/b", "OLD": None}, "sh")
 
     found = heard(["sh", "-ec", 'eval $1; "$PYTHON" -c "$SHOW"', "sh", text])
     assert (found["NUMBER"], found["PATHS"], found["OLD"]) == ("2", "/a:/b", None)
@@ -64,7 +64,7 @@ def test_a_shell_needs_no_quotes_around_numbers() -> None:
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_sets_what_was_said() -> None:
-    text = FORMATS["fish"](VALUES)
+    text = written(VALUES, "fish")
 
     assert heard(["fish", "-Nc", 'echo $argv[1] | source; $PYTHON -c "$SHOW"', text]) == VALUES
 
@@ -74,7 +74,7 @@ def test_a_dotenv_file_says_the_same() -> None:
     import io
 
     values = {name: value for name, value in VALUES.items() if name != "LETTERS"}
-    found = dotenv.dotenv_values(stream=io.StringIO(FORMATS["dotenv"](values)), interpolate=False)
+    found = dotenv.dotenv_values(stream=io.StringIO(written(values, "dotenv")), interpolate=False)
 
     assert found == {name: value for name, value in values.items() if value is not None}
 
@@ -92,7 +92,7 @@ def test_docker_s_env_file_has_no_quotes_to_take_literally(
 
 
 def test_json_is_one_object_and_null_removes() -> None:
-    assert json.loads(FORMATS["json"](VALUES)) == VALUES
+    assert json.loads(written(VALUES, "json")) == VALUES
 
 
 # One row per command line: what it prints, and what it does not.
