@@ -92,7 +92,7 @@ class CallBar:
 
 
 class SequentialWithBar(SequentialBackend):
-    """joblib's own, and a bar for each call.
+    """joblib's sequential backend, with a bar for each call.
 
     Args:
         label: Text before the bar; empty for none.
@@ -113,7 +113,7 @@ class SequentialWithBar(SequentialBackend):
         return workers
 
     def effective_n_jobs(self, n_jobs: int) -> int:
-        """Return 1; it is what joblib asks at the start of each of several calls."""
+        """Return 1. joblib asks this at the start of each of several calls."""
         workers: int = super().effective_n_jobs(n_jobs)
         if self.parallel is not None:
             self._begin()
@@ -161,7 +161,7 @@ def sequential(label: str | None, nesting_level: int | None) -> SequentialBacken
 
 
 class HeldThreads(ThreadingBackend):
-    """joblib's own, with as many threads as workers fit, and their native pools held.
+    """joblib's backend of threads: as many as workers fit, with capped native pools.
 
     Args:
         count: Function that returns the number of threads for ``n_jobs``.

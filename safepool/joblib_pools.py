@@ -1,8 +1,6 @@
 """The pools of joblib's calls: kept from call to call, and shared by calls at the same time.
 
-Not covered:
-    * Users of a pool: a backend takes a lease (``Pools.lease``), which ends with the backend in
-      every case.
+A backend takes a lease of a pool (``Pools.lease``), which ends with the backend at the latest.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Progress:
         *,
         look: Callable[[Progress], bool] | None = None,
     ) -> None:
-        tqdm = _tqdm()
+        tqdm = require_tqdm()
         self.done = 0
         self.failed = 0
         self.total = total
@@ -172,7 +172,7 @@ def beside_bars() -> AbstractContextManager[object]:
     """
     if not _open:
         return contextlib.nullcontext()
-    context: AbstractContextManager[object] = _tqdm().external_write_mode()
+    context: AbstractContextManager[object] = require_tqdm().external_write_mode()
     return context
 
 
@@ -235,16 +235,12 @@ def label_of(progress: bool | str | None) -> str | None:
     return printable(" ".join(progress.split()))
 
 
-def require_tqdm() -> None:
-    """Check that a bar can be made.
+def require_tqdm() -> Any:
+    """Return the class of tqdm's bars.
 
     Raises:
         MissingExtraError: tqdm is not installed.
     """
-    _tqdm()
-
-
-def _tqdm() -> Any:
     try:
         from tqdm.auto import tqdm  # noqa: PLC0415 -- optional, so imported where it is used
     except ImportError as error:

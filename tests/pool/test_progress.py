@@ -251,7 +251,7 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(display=False, **options)
             made.append(self)
 
-    monkeypatch.setattr("safepool.progress._tqdm", lambda: Kept)
+    monkeypatch.setattr("safepool.progress.require_tqdm", lambda: Kept)
     with Progress("fits") as progress:
         time.sleep(0.3)
         progress.total, progress.done = 4, 4
