@@ -158,14 +158,10 @@ class Arrays:
                 pass  # it travels with the call, or raises there
         if met is None:
             gone = weakref.ref(array, lambda _: self._met.pop(name, None))
-            self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))
+            self._met[name] = _Met(gone, (lambda: None) if handle is None else weakref.ref(handle))
         elif handle is not None:
             met.handle = lambda: handle
         return handle
-
-
-def _nothing() -> None:
-    """Stand for a handle that is not there, as a dead reference does."""
 
 
 def _or_same(handle: Any, value: Any) -> Any:

@@ -210,9 +210,10 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     in_threads = functools.partial(
         backend._like, default_n_jobs=n_jobs, _arrays_of_block=arrays, nesting_level=None
     )
-    block = joblib_blocks.Block(
-        in_threads, lambda **parameters: in_threads(**parameters)._held_threads()
-    )
+    block: joblib_blocks.Block = {
+        "DEFAULT_BACKEND": in_threads,
+        "DEFAULT_THREAD_BACKEND": lambda **words: in_threads(**words)._held_threads(),
+    }
     try:
         with (
             capped(threads_per_worker) if one_fits else nullcontext(),
@@ -227,12 +228,6 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         joblib_blocks.leave(block)
         if of_block:
             backend.close()
-
-
-def _cluster_pools() -> ClusterPools:
-    from safepool.joblib_cluster import ClusterPools  # noqa: PLC0415 -- seldom
-
-    return ClusterPools()
 
 
 class Words(TypedDict, total=False):
@@ -318,7 +313,11 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             hint = what_was_meant(unknown[0], _WORDS)
             raise TypeError(f"the joblib backend 'safepool' has no argument {unknown[0]!r}{hint}")
         self._cluster = cluster
-        self._pools = (_cluster_pools() if cluster is not None else pools) or SHARED
+        if cluster is not None:
+            from safepool.joblib_cluster import ClusterPools  # noqa: PLC0415 -- seldom
+
+            pools = ClusterPools()
+        self._pools = pools or SHARED
         self._lease: Lease | None = None
         # Its own leases, and those of its copies.
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
@@ -568,7 +567,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             callbacks.close()
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.close()
+            bar.progress.close()
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None

@@ -17,8 +17,8 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from joblib import parallel
 
@@ -30,16 +30,8 @@ _NAMES = {
 }
 
 
-class Block(NamedTuple):
-    """Maker of the backends of a block, by joblib's name for them.
-
-    Attributes:
-        DEFAULT_BACKEND: For calls that ask for nothing.
-        DEFAULT_THREAD_BACKEND: For those that ask for threads.
-    """
-
-    DEFAULT_BACKEND: Callable[..., Any]
-    DEFAULT_THREAD_BACKEND: Callable[..., Any]
+Block: TypeAlias = "Mapping[str, Callable[..., Any]]"
+"""Makers of the backends of a block, by joblib's names for them, the keys of `_NAMES`."""
 
 
 class _Blocks:
@@ -71,7 +63,7 @@ class _Blocks:
     def _make(self, kind: str, **parameters: Any) -> Any:
         with self._lock:
             last = self._open[-1] if self._open else None
-            make = parallel.BACKENDS[self._before[kind]] if last is None else getattr(last, kind)
+            make = parallel.BACKENDS[self._before[kind]] if last is None else last[kind]
         return make(**parameters)
 
     def forked(self) -> None:

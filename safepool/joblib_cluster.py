@@ -11,6 +11,7 @@ Not covered:
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import deque
 from concurrent.futures import Future
@@ -121,7 +122,9 @@ class _Pool:
 
     def _submit(self, batch: Callable[[], Any], name: str, policy: Policy) -> Future[Any]:
         # The batch is an argument, because workers keep functions.
-        future = self._pool._scheduler.submit(_call, (batch,), {}, name=name, policy=policy)
+        future = self._pool._scheduler.submit(
+            operator.call, (batch,), {}, name=name, policy=policy
+        )
         error = future.exception() if future.done() and not future.cancelled() else None
         if error is not None:
             raise PicklingError(NOT_PICKLED) from error
@@ -168,7 +171,3 @@ class _Pool:
         self._pool._scheduler.shut_down(
             wait=wait, end="joblib's block has ended" if at_once else ""
         )
-
-
-def _call(batch: Callable[[], Any]) -> Any:
-    return batch()

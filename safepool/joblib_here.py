@@ -70,10 +70,6 @@ class CallBar:
         if not future.cancelled() and future.exception() is not None:
             self.progress.failed += 1
 
-    def close(self) -> None:
-        """Show the last numbers and end the bar. May be called twice."""
-        self.progress.close()
-
     def _look(self, progress: Progress) -> bool:
         parallel = self._parallel()
         if parallel is None:
@@ -136,7 +132,7 @@ class SequentialWithBar(SequentialBackend):
                 bar.progress.failed = parallel.n_dispatched_tasks - parallel.n_completed_tasks
             calls.remove(parallel)
             del parallel.print_progress
-            bar.close()
+            bar.progress.close()
 
         parallel.print_progress = print_progress
 
@@ -202,7 +198,7 @@ class HeldThreads(ThreadingBackend):
         """End it."""
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.close()
+            bar.progress.close()
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Any], object] | None = None
