@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+# Not by getLogger(): a test may have put a mock in its place, which has parents without end.
+_logger = logging.Logger.manager.getLogger("safepool")
 # The future of a task reports the end of its worker. A program that wants it in its log configures
 # logging.
-logging.getLogger("safepool").addHandler(logging.NullHandler())
+_logger.addHandler(logging.NullHandler())
 # For its handling of errors alone.
 _errors = logging.Handler()
 # Context in which each line of the log is written. A bar on the screen hides itself there.
@@ -31,7 +33,7 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.getLogger("safepool"))
+        super().__init__(_logger)
 
     def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
         """Log, and contain what handlers and filters raise."""

@@ -537,3 +537,17 @@ def test_a_worker_may_still_configure_logging(tmp_path: Path) -> None:
         pool.submit(support.say, "after").result()
 
     assert path.read_text() == "after\n"
+
+
+def test_a_mock_of_get_logger_is_not_used() -> None:
+    """Tests replace it; the pool's modules may be imported only then."""
+    program = (
+        "import unittest.mock, safepool\n"
+        "with unittest.mock.patch('logging.getLogger'):\n"
+        "    with safepool.ProcessPool(1) as pool:\n"
+        "        print(pool.submit(abs, -1).result(60))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
