@@ -99,7 +99,8 @@ class _Finder:
             return spec
         if not os.path.isfile(file):
             return None
-        loader = importlib.machinery.SourceFileLoader(name, file)  # for any other suffix
+        # For any other suffix. (The types of 3.15 know no loader's get_code.)
+        loader: Any = importlib.machinery.SourceFileLoader(name, file)
         of_file = importlib.util.spec_from_file_location
         return of_file(name, file, submodule_search_locations=folders) or of_file(
             name, file, loader=loader, submodule_search_locations=folders

@@ -267,7 +267,10 @@ def test_a_top_level_that_fails_twice_when_it_is_run_again_is_run_a_third_time(
 def test_workers_of_the_standard_library_that_end_with_the_script_tell_its_error(
     what: str, method: str, tmp_path: Path
 ) -> None:
-    """Each of two pools: the second knows it from the first."""
+    """Each of two pools: the second knows it from the first.
+
+    From Python 3.14 on it is the fork server that ends: it runs the script before it forks.
+    """
     code, reason, last = FAILS[what]
     program = f"""
     import json, traceback
@@ -277,14 +280,17 @@ def test_workers_of_the_standard_library_that_end_with_the_script_tell_its_error
     if __name__ == "__main__":
         for _ in range(2):
             with safepool.ProcessPool(2, {method!r}) as pool:
-                tell([pool.submit(abs, n) for n in range(5)])
+                tell([pool.submit(abs, 1)])
     """
     out, err = run(program, tmp_path)
 
     pools = out.split("1 PoolBrokenError(")[1:]
     assert len(pools) == 2, err
     for told, trace in (pool.split("\n", 1) for pool in pools):
-        assert "3 workers in a row died before they ran a task" in told
+        assert (
+            "3 workers in a row died before they ran a task" in told
+            or "cannot start a worker: each worker runs" in told
+        )
         assert reason in told
         assert "or leave mp_context= out" in told
         assert f"\n{last}\n" in trace

@@ -156,6 +156,7 @@ class Hiring:
 
         Raises:
             ScriptLostError: The caller must begin again with :meth:`prepare`.
+            ScriptFailedError: The script has ended the fork server of ``multiprocessing``.
             OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
@@ -169,7 +170,13 @@ class Hiring:
             initializer=self.inheritance.itself,
             foreign=tuple(_descriptors_of_all_pools()),
         )
-        worker = Worker(self._method, told, board=Board.create(), given_up=self.given_up)
+        try:
+            worker = Worker(self._method, told, board=Board.create(), given_up=self.given_up)
+        except (ConnectionError, EOFError):
+            if (error := self.script_error) is None:
+                raise
+            # From Python 3.14 on multiprocessing's fork server itself runs the script.
+            raise error from error.__cause__
         worker.index = place
         self.started.open()
         return worker

@@ -538,8 +538,9 @@ class Loop:
             self.wake()
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
             if not (self._asked or isinstance(error, InterruptedError)):  # it was given up
-                by_script = isinstance(error, ScriptFailedError)
-                return e.Refused(error if by_script else refusals.explain(error), by_script)
+                if isinstance(error, ScriptFailedError):
+                    return e.Refused(error.with_traceback(None), by_script=True)
+                return e.Refused(refusals.explain(error))
         return None
 
     def _hire_one(self, staff: Staff) -> None:
