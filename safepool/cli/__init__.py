@@ -290,8 +290,8 @@ def _parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             help="print JSON",
         )
-    for command in (limits, doctor):
-        _add_limits_options(command, default=argparse.SUPPRESS)
+    _add_limits_options(limits, default=argparse.SUPPRESS)
+    _add_limits_options(doctor, "without a library: ", default=argparse.SUPPRESS)
     _add_cluster_option(limits, default=argparse.SUPPRESS)
     return parser
 
@@ -357,19 +357,19 @@ Exit codes: 0 the table was printed, or the process has ended, 2 the process
 does not exist, has no workers, or is another user's, 130 Ctrl-C."""
 
 
-def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+def _add_limits_options(parser: argparse.ArgumentParser, when: str = "", **default: Any) -> None:
     parser.add_argument(
         "--pid",
         type=_whole_number(at_least=1),
         metavar="N",
-        help="evaluate another running process (Linux)",
+        help=f"{when}evaluate another running process (Linux)",
         **default,
     )
     parser.add_argument(
         "--watch",
         action="store_true",
         dest="watched",
-        help="print a line a second: CPU time used, and throttling (Linux)",
+        help=f"{when}print a line a second: CPU time used, and throttling (Linux)",
         **default,
     )
 

@@ -44,7 +44,11 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
     "limits": (["limits", "--help"], ["--json"]),
     "doctor": (
         ["doctor", "--help"],
-        ["LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy", "Exit codes"],
+        [
+            *("LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy"),
+            *("--pid N            without a library:", "--watch            without a library:"),
+            "Exit codes",
+        ],
     ),
     "report": (["report", "--help"], ["FILE", "--json", "examples:", "Exit codes", "perfetto"]),
     "top": (["top", "--help"], ["PID", "--json", "examples:", "Exit codes", "your own user"]),
