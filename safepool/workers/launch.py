@@ -316,6 +316,15 @@ def executable() -> str:
     return os.fsdecode(found)
 
 
+def check_executable() -> None:
+    """Refuse a missing interpreter: a process by "spawn" would end with code 255 and no word."""
+    if not os.path.exists(executable()):
+        raise no_interpreter(
+            "does not exist. After os.chroot() a path begins at the new root: put Python and "
+            "safepool there, or make the pool's first call before (its workers keep the old root)"
+        )
+
+
 def no_interpreter(what: str) -> NoInterpreterError:
     """Return the error that describes the problem with the interpreter."""
     name = os.fsdecode(multiprocessing.spawn.get_executable() or sys.executable or "")

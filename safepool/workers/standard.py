@@ -188,6 +188,15 @@ class Standard(StartMethod):
 class _Spawn(Standard):
     runs_script = True
 
+    if sys.platform != "win32":
+
+        def start_trackers(self) -> None:
+            """Start them, with the interpreter that the workers get as well."""
+            from safepool.workers.launch import check_executable  # noqa: PLC0415 -- seldom
+
+            check_executable()
+            super().start_trackers()
+
 
 class _Loky(Standard):
     def create(self, told: WorkerStart, arguments: tuple[Any, ...]) -> Any:

@@ -347,6 +347,22 @@ def test_the_interpreter_is_that_of_multiprocessing(executable: str, tmp_path: P
         assert "multiprocessing.set_executable() the path of a Python interpreter" in done.stdout
 
 
+def test_spawn_names_an_interpreter_that_does_not_exist(tmp_path: Path) -> None:
+    """After os.chroot() that is the program's own. Such a process ends without a word."""
+    text = """
+        import multiprocessing, safepool
+        multiprocessing.set_executable("/nowhere/python")
+        with safepool.ProcessPool(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            print(pool.submit(abs, -1).exception())
+    """
+    done = run(tmp_path, text=textwrap.dedent(text))
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cannot start a worker: the interpreter for workers, '/nowhere")
+    assert "does not exist. After os.chroot()" in done.stdout
+    assert done.stderr == ""
+
+
 REFUSALS = [
     ("sched_getaffinity", "sched_setaffinity"),
     ("prlimit64", "getrlimit"),
