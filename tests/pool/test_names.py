@@ -332,6 +332,24 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(is_held); hold(); ask(is_held); setattr(Held, 'more', 1); ask(is_held)",
         [(False, True), (True, True), (True, True)],
     ),
+    "a function that is bound anew while it is pickled": (
+        """
+        class Binds:
+            pickled = 0
+            def __reduce__(self):
+                Binds.pickled += 1
+                if Binds.pickled == 2:  # after the look at it
+                    global bound
+                    bound = lambda: "new"
+                return str, ()
+        def bound(binds=Binds()):
+            return "old"
+        def ask_bound():
+            return bound()
+        """,
+        "ask(ask_bound); ask(ask_bound)",
+        ["new", "new"],
+    ),
     "names that a function asks for at run time": (
         """
         def handle_one():
@@ -558,7 +576,10 @@ if sys.platform != "win32":
 
 # What the program changes between the fork of a worker and the first call that needs it: the
 # standard pool's forked worker has the earlier value.
-NOT_FORKED = {"data that is loaded below the guard"}
+NOT_FORKED = {
+    "data that is loaded below the guard",
+    "a function that is bound anew while it is pickled",
+}
 
 
 @pytest.mark.parametrize(

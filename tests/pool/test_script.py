@@ -851,6 +851,31 @@ def test_names_that_the_program_has_deleted_cost_no_later_call(tmp_path: Path) -
     assert out == "[] True\n"
 
 
+def test_an_attribute_that_is_gone_while_others_are_pickled_comes_back(tmp_path: Path) -> None:
+    """As another thread may change the class at any time."""
+    program = """
+    class Deletes:
+        def __reduce__(self):
+            if self.__dict__.pop("armed", None):
+                del Config.level
+            return str, ()
+    class Config: pass
+    def look(): return [getattr(Config, name, None) for name in ("deletes", "level")]
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            Config.level = 1
+            print(pool.submit(look).result())
+            Config.deletes = Deletes()
+            Config.deletes.armed = True
+            print(pool.submit(look).result())
+            Config.level = 1
+            print(pool.submit(look).result())
+    """
+    out, _ = run(program, tmp_path)
+
+    assert out == "[None, 1]\n['', None]\n['', 1]\n"
+
+
 def test_an_attribute_is_deleted_nowhere_else(tmp_path: Path) -> None:
     """Not the global of its name, if a task has deleted the class in its worker."""
     program = """

@@ -38,8 +38,10 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
     if table.added is not None:
         deliveries.append(table.added.delivery)
     needs = Needs(dict.fromkeys(deliveries))
+    # A class tells of changes of what it has not: a path that is gone needs no check of its own.
+    checked = {path for one in known if one.attributes for path in one.attributes.by_path}
     return Closure(
-        [one for one in known if not one.is_deleted_attribute],
+        [one for one in known if not one.is_deleted_attribute or one.names[0] in checked],
         frozenset(walk.absent),
         table.beside,
         needs,

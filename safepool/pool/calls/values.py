@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.calls.mains import ABSENT, Look, is_definition, is_importable, is_plain
+from safepool.pool.calls.mains import (
+    ABSENT,
+    Look,
+    PlainFunction,
+    is_definition,
+    is_importable,
+    is_plain,
+    plain_function,
+)
 from safepool.pool.calls.prints import Print, length, print_of, steadily
 from safepool.transport import payloads
 from safepool.transport.marks import find_attribute, is_of_python, main_space
@@ -42,32 +50,30 @@ class Pickled:
 
     Attributes:
         kinds: By name, the type of a container whose content is pickled, or ``None``.
-        by_identity: Whether workers have an object of their own, so that only another object is a
-            change.
         there: Whether workers have the value by themselves, unchanged.
         held: By ``id()``, objects that another name may hold as well. Objects made for the pickle
             are kept, so that their id() is not used again.
     """
 
     names: tuple[str, ...]
+    looked: Looked
     kinds: tuple[type | None, ...] = (None,)
     segments: Sequence[bytes | memoryview] = (b"",)
     refs: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
     shared: Sequence[Shared[Any]] = ()
     held: dict[int, object] = field(default_factory=dict)
-    by_identity: bool = False
     there: bool = False
     draws: bool = False
     attributes: Attributes | None = None
-    looked: Looked | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Looked:
-    """State of values just before they were pickled.
+    """State of values just before they were pickled: later changes are noticed with the next call.
 
     Attributes:
+        short: The look at a function, if a short one will do.
         printed: Pickle of the objects in doubt; ``None`` without such objects.
         replaced: ``True`` if ``printed`` is only for comparison.
         failed: ``True`` if that pickle is impossible, because the value was pickled together with
@@ -75,7 +81,9 @@ class Looked:
         plain: ``True`` for a single value whose identity is enough.
     """
 
+    values: Sequence[object]
     look: Look
+    short: PlainFunction | None = None
     printed: list[bytes | memoryview] | None = None
     replaced: bool = False
     failed: bool = False
@@ -98,10 +106,14 @@ class Looked:
 
 
 def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
-    """Look at values that are about to be pickled."""
+    """Look at values that are about to be pickled.
+
+    ``by_identity`` is for an object that workers have of their own: only another is a change.
+    """
     if by_identity or (len(values) == 1 and is_plain(values[0])):
-        return Looked(Look(), plain=True)
-    looked = Looked(Look(*values))
+        return Looked(values, Look(), plain=True)
+    short = plain_function(values[0]) if len(values) == 1 else None
+    looked = Looked(values, Look(*values), short)
     if looked.look.doubts:
         try:
             looked.printed, looked.replaced = print_of(looked.look.doubts)
@@ -112,8 +124,8 @@ def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
     return looked
 
 
-def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled:
-    """Pickle the values of some names together."""
+def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object], looked: Looked) -> Pickled:
+    """Pickle the values of some names together, after a look at them."""
 
     def attempt() -> Pickled:
         values: list[object] = []
@@ -140,8 +152,8 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
             held = {id(value): value for value in found if can_be_shared(value)}
             draws = draws or any(map(_is_generator, found))
         met.refs.difference_update(group)
-        refs, uses = frozenset(met.refs), frozenset(met.uses)
-        return Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held, draws=draws)
+        refs, uses, one = frozenset(met.refs), frozenset(met.uses), tuple(kinds)
+        return Pickled(group, looked, one, segments, refs, uses, shared.found, held, draws=draws)
 
     return steadily(attempt)
 

@@ -15,7 +15,6 @@ from safepool.pool.calls.mains import (
     is_data,
     is_definition,
     is_importable,
-    plain_function,
     runs_no_code,
     uses_of,
 )
@@ -71,8 +70,6 @@ class Walk:
         self._patience_s = UNASKED_S
         self._pickled: dict[str, Pickled] = {}
         self._by_id: dict[int, str] | None = None
-        # Attributes that workers have and the program has not any more.
-        self._gone: set[str] = set()
         self.reached: dict[str, None] = {}
         self.absent: list[str] = []
         self.missing: dict[str, str] = {}
@@ -87,7 +84,8 @@ class Walk:
             if name in self.reached or name in self.absent or name in OF_ANY_MODULE:
                 continue
             known = self._table.known.get(name)
-            if known is None and name not in self._gone and value_of(name) is ABSENT:
+            # A path was there, or is: a worker is told that it is not.
+            if known is None and "." not in name and value_of(name) is ABSENT:
                 self.absent.append(name)
                 continue
             if known is not None and self._table.is_unchanged(known):
@@ -163,7 +161,7 @@ class Walk:
             if not behind:
                 return
             # Beside those: in case they refer to each other now.
-            self._pickled |= {name: self._alone(name) for name in behind}
+            self._pickled |= {name: self._alone(name, value_of(name)) for name in behind}
 
     def _is_behind(self, name: str) -> bool:
         known = self._table.known.get(name)
@@ -190,13 +188,17 @@ class Walk:
     def _made(self, name: str) -> Pickled:
         """Return a name as it is pickled, by the program's code."""
         value, slow = value_of(name), self._table.slow
+
+        def make() -> Pickled:
+            return self._there(name, value) or self._alone(name, value)
+
         if not self._unasked or runs_no_code(value) or is_data(value):
-            return self._there(name) or self._alone(name)
+            return make()
         # An object that waits in there must not delay the call.
         if name in slow and slow[name] is value:
             raise TimeoutError(_TOO_LONG)
         try:
-            return within(self._patience_s, lambda: self._there(name) or self._alone(name))
+            return within(self._patience_s, make)
         except LateError:
             self._patience_s = UNASKED_S / 10  # one second in all, more or less
             slow[name] = value
@@ -215,45 +217,41 @@ class Walk:
         # Each attribute is delivered by its path, also that it is gone: the class stays the same.
         now, attributes_before = attributes.by_path, None if known is None else known.attributes
         before = {} if attributes_before is None else attributes_before.by_path
-        theirs = main.inside(name) if known is None else before
-        gone = {one for one in theirs if one not in now and value_of(one) is ABSENT}
-        self._gone |= gone
         own = {path: one for path, one in now.items() if one is not None}
         if known is None:
+            gone = {one for one in main.inside(name) if one not in now and value_of(one) is ABSENT}
             changed = main.others_at(own)
         else:
+            gone = before.keys() - now.keys()
             changed = {path for path, one in own.items() if before.get(path) is not one}
             changed |= {path for path in known.uses if "." in path}
         uses = uses_of(value).union(gone, now.keys() - own.keys(), changed, _above(value))
-        return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
+        looked = look_at([value], by_identity=True)
+        return Pickled((name,), looked, uses=uses, there=True, attributes=attributes)
 
-    def _there(self, name: str) -> Pickled | None:
+    def _there(self, name: str, value: object) -> Pickled | None:
         """Return a name that workers have from their own run; ``None`` if it must be sent."""
-        main, value = self._table.main, value_of(name)
+        main = self._table.main
         if not main or name in self._table.known or value is ABSENT:
             return None
         if main.changed({name: value}):
             return None
         try:
-            one = self._alone(name)
+            one = self._alone(name, value)
         except Exception as error:  # noqa: BLE001 -- the worker then keeps its own object
             let_handlers_pass(error)
-            one = Pickled((name,), by_identity=True)
+            one = Pickled((name,), look_at([value], by_identity=True))
         one.there = True
         return one
 
-    def _alone(self, name: str) -> Pickled:
-        value = value_of(name)
+    def _alone(self, name: str, value: object) -> Pickled:
         place = held_by_module(name, value)
         if place is not None:
             pickled = pickle.dumps((Held(place, value),), protocol=5)
-            return Pickled((name,), segments=[pickled], by_identity=True)
+            return Pickled((name,), look_at([value], by_identity=True), segments=[pickled])
         if self._by_id is None:
             self._by_id = data_by_id()
-        # First: a change by another thread meanwhile is noticed with the next call.
-        looked = look_at([value])
-        one = pickle_names((name,), {})
-        one.looked = looked
+        one = pickle_names((name,), {}, look_at([value]))
         others = {self._by_id[number] for number in one.held if number in self._by_id}
         one.refs |= others - {name}
         for number in self._by_id.keys() & one.held.keys():
@@ -264,7 +262,7 @@ class Walk:
 
     def _make_known(self, group: tuple[str, ...]) -> None:
         table, pickled = self._table, self._pickled
-        first, values = group[0], [*map(value_of, group)]
+        first = group[0]
         seeds = {
             name: value_of(name)
             for member in group
@@ -272,12 +270,12 @@ class Walk:
             if name not in group and can_be_shared(value_of(name))
         }
         one = pickled[first]
+        looked = one.looked if len(group) == 1 else look_at([*map(value_of, group)])
+        values = looked.values
         there = all(pickled[name].there for name in group)
         if len(group) > 1 or seeds:
-            looked = one.looked if len(group) == 1 else look_at(values)
-            one = pickle_names(group, seeds)
+            one = pickle_names(group, seeds, looked)
             one.refs |= frozenset(seeds)
-            one.looked = looked
         before = table.known.get(first)
         if before is not None and before.names != group:
             before = None
@@ -294,7 +292,6 @@ class Walk:
             whole = Print(one.segments, segments or None)
             if before is not None and not there:
                 _tell_of_large(delivery)
-        looked = one.looked or look_at(values, by_identity=one.by_identity)
         table.keep(
             Known(
                 group,
@@ -306,9 +303,9 @@ class Walk:
                 one.uses,
                 stamp,
                 ids,
-                values[0] if len(group) == 1 and (one.by_identity or looked.plain) else BY_CONTENT,
+                values[0] if looked.plain else BY_CONTENT,
                 one.attributes,
-                plain_function(values[0]) if len(group) == 1 else None,
+                looked.short,
                 looked.failed,
                 looked.is_large,
             )
