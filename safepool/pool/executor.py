@@ -288,7 +288,11 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         threads = self._budget.threads_per_worker
         workers = min(self._budget.workers, MOST_WORKERS)
         of_all: Mapping[str, str] = {} if env is None or callable(env) else env
-        self._own = _own_variables(env, gpus, of_all)
+        devices = {} if gpus is None else devices_of(gpus)
+        self._own = Variables(
+            {name: ids for name, ids in devices.items() if name not in of_all},
+            env if callable(env) else None,
+        )
         self._own.prepare(workers)
         for override in overridden(threads, {**of_all, **self._own.of(0)}):
             log_once(
@@ -593,17 +597,6 @@ def _stands_for_forks() -> bool:
     asked = multiprocessing.get_start_method(allow_none=True)
     default = multiprocessing.get_all_start_methods()[0]
     return "_safepool_replaces" in vars(process) and (asked or default) == "fork"
-
-
-def _own_variables(
-    env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None,
-    gpus: Literal["auto"] | int | Sequence[int | str] | None,
-    of_all: Mapping[str, str],
-) -> Variables:
-    """Return what each worker has for itself."""
-    devices = {} if gpus is None else devices_of(gpus)
-    said = {name: ids for name, ids in devices.items() if name not in of_all}
-    return Variables(said, env if callable(env) else None)
 
 
 def _placement(threads: int) -> Placement | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 # A signal in the moment before the thread sleeps does not wake the thread, nor does
 # _thread.interrupt_main(). The interpreter looks for signals between two waits.
 _LOOK_S = 1.0
-
-
-class Place(Protocol):
-    """A queue, or an object with its ``put``."""
-
-    def put(self, item: None, /) -> object:
-        """Wake the thread that waits there. Never blocks."""
 
 
 def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
@@ -75,7 +68,7 @@ class Waiters:
     __slots__ = ("_places",)
 
     def __init__(self) -> None:
-        self._places: deque[Place] = deque()
+        self._places: deque[SimpleQueue[None] | Bell] = deque()
 
     def wake(self) -> None:
         """Wake all waiting threads. From any thread, never blocks."""
@@ -87,9 +80,9 @@ class Waiters:
             except IndexError:
                 return
 
-    def add(self, place: Place) -> None:
-        """Put something there when all are woken next; check the condition after this."""
-        self._places.append(place)
+    def add(self, bell: Bell) -> None:
+        """Ring the bell when all are woken next; check the condition after this."""
+        self._places.append(bell)
 
     def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait once, for a wake-up or for that time; return the present value of the condition."""

@@ -84,6 +84,8 @@ _FILE = "safepool-board"
 # Makes a worker write its Python stack behind the board. A real-time signal, which the system
 # never uses and programs very rarely; glibc keeps the first two.
 if sys.platform == "linux":
+    from safepool import linux
+
     STACK_SIGNAL = int(signal.SIGRTMAX) - 3
 else:  # not Linux
     STACK_SIGNAL = 0
@@ -316,10 +318,12 @@ class Board:
         size = self.written - skipped
         if size <= 0:
             return ""
-        try:
-            found = _read_at(self._descriptor, size, _BYTES + skipped)
-        except OSError:
-            return ""
+        found = b""
+        if sys.platform != "win32":
+            try:
+                found = os.pread(self._descriptor, size, _BYTES + skipped)
+            except OSError:
+                return ""
         if begin is None:
             found = found[found.rindex(_CRASH) :] if _CRASH in found else b""
         return found.decode(errors="replace")
@@ -428,24 +432,11 @@ def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryv
         at += length
 
 
-if sys.platform == "linux":
-    from safepool import linux
-
-    def _create_file() -> int | None:
+def _create_file() -> int | None:
+    if sys.platform == "linux":
         try:
             return linux.memfd_create(_FILE, linux.MFD_CLOEXEC)
         except OSError as error:
-            if error.errno in REFUSALS:
-                return None
-            raise
-
-    def _read_at(descriptor: int, size: int, at: int) -> bytes:
-        return os.pread(descriptor, size, at)
-
-else:  # not Linux
-
-    def _create_file() -> int | None:
-        return None
-
-    def _read_at(_descriptor: int, _size: int, _at: int) -> bytes:
-        return b""
+            if error.errno not in REFUSALS:
+                raise
+    return None

@@ -103,7 +103,8 @@ def be_worker(
     # cannot strike before this line.
     if threading.current_thread() is threading.main_thread():
         set_handler(INTERRUPT, _do_nothing)
-    _unblock_interrupt()
+    if sys.platform != "win32":
+        change_mask(UNBLOCK, (INTERRUPT,))
     sock.setblocking(True)  # independent of socket.setdefaulttimeout()
     try:
         channel = Channel(sock, accept(sock))
@@ -220,14 +221,3 @@ else:  # not Linux
             os._exit(0)
 
         threading.Thread(target=watch, name="safepool-parent-watch", daemon=True).start()
-
-
-if sys.platform == "win32":
-
-    def _unblock_interrupt() -> None:
-        pass
-
-else:
-
-    def _unblock_interrupt() -> None:
-        change_mask(UNBLOCK, (INTERRUPT,))

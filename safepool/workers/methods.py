@@ -87,29 +87,24 @@ if sys.platform == "linux":
     # a module.
     from safepool.workers.context import ServerContext
 
-    def _server_context(preload: str | Sequence[str], main: str, kept: bool) -> BaseContext | None:
-        # A frozen program would be started again instead of an interpreter.
-        # The server counts its threads there before each fork.
-        if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
-            return None
-        return ServerContext(preload, plan_main(main), kept=kept)
 
-    def script_method(method: StartMethod, main: str) -> StartMethod:
-        """Return a value that identifies the names of the script that workers have."""
-        if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):
-            return method
+def _server_context(preload: str | Sequence[str], main: str, kept: bool) -> BaseContext | None:
+    # A frozen program would be started again instead of an interpreter. The server counts its
+    # threads in /proc before each fork.
+    if sys.platform == "linux" and not hasattr(sys, "frozen") and _has_proc():
+        return ServerContext(preload, plan_main(main), kept=kept)
+    return None
+
+
+def script_method(method: StartMethod, main: str) -> StartMethod:
+    """Return the method that knows which names of the script workers have."""
+    if sys.platform == "linux" and method.runs_script and main != "value" and _has_proc():
         plan = plan_main("auto")
         if plan.name.rpartition(".")[2] == "__main__":  # spawn runs no such module
             plan = plan.without("it is a package")
         return ServerContext([], plan, asked_only=True)
+    return method
 
-else:  # not Linux
 
-    def _server_context(
-        _preload: str | Sequence[str], _main: str, _kept: bool
-    ) -> BaseContext | None:
-        return None
-
-    def script_method(method: StartMethod, _main: str) -> StartMethod:
-        """Return what tells which names of the script workers have: itself."""
-        return method
+def _has_proc() -> bool:
+    return os.path.isdir("/proc/self/task")

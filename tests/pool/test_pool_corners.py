@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import logging
 import os
@@ -49,12 +48,10 @@ def test_imports_of_a_notebook_are_found_beside_its_own_commands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(table, "sources_of", lambda _: ["%matplotlib inline", "import os"])
-    assert table.Imports().modules == ["os"]
-    here: Any = object.__new__(table.Imports)
-    here.modules = []
-    for text in ("from no_such import x", "from os import path"):
-        here._take(ast.parse(text).body[0])
-    assert here.modules[0] == "os"
+    assert table.imports_of_script() == ["os"]
+    texts = ["from no_such import x", "from os import path"]
+    monkeypatch.setattr(table, "sources_of", lambda _: texts)
+    assert table.imports_of_script()[0] == "os"
 
 
 def later() -> Callable[[], object]:
@@ -124,7 +121,7 @@ def test_what_the_script_has_put_into_modules_may_not_be_pickled(
     monkeypatch.setattr(closures, "additions_to", lambda _: [one])
     monkeypatch.setattr(closures, "within", refuse)
     table: Any = SimpleNamespace(added=None)
-    closures._look_for_additions(table, SimpleNamespace(modules=[]))  # type: ignore[arg-type]
+    closures._look_for_additions(table, [])
     assert table.added is None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.calls.deliveries import Delivery, Needs, versions
-from safepool.pool.calls.table import Added, Closure, Imports, Table
+from safepool.pool.calls.table import Added, Closure, Table, imports_of_script
 from safepool.pool.calls.values import definitions, pickle_additions
 from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk, components, entries, linked
 from safepool.pool.hands import within
@@ -51,13 +51,11 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
 def _look_beside(table: Table) -> None:
     """Look at the namespace as a whole: it has other names than at the last look."""
     size = len(main_space())
-    imports = Imports()
+    imports = imports_of_script()
     beside: list[Delivery] = []
     if not table.main:
-        same = table.imports is not None and table.imports.modules == imports.modules
-        head = {"imports": imports.modules}
-        new = Delivery(next(versions), (_IMPORTS,), (0,), head)
-        beside.append(table.beside[0] if same else new)
+        new = Delivery(next(versions), (_IMPORTS,), (0,), {"imports": imports})
+        beside.append(table.beside[0] if table.imports == imports else new)
     walk = Walk(table, quiet=True)
     walk.go(definitions())
     walk.finish()
@@ -72,8 +70,8 @@ def _look_beside(table: Table) -> None:
     table.look_at = size
 
 
-def _look_for_additions(table: Table, imports: Imports) -> None:
-    found = {one.place: one for one in additions_to(homes(imports.modules))}
+def _look_for_additions(table: Table, imports: list[str]) -> None:
+    found = {one.place: one for one in additions_to(homes(imports))}
     before = {} if table.added is None else table.added.numbers
     if found.keys() == before.keys():
         return
@@ -107,4 +105,4 @@ def _in_order(table: Table, reached: Iterable[str]) -> list[Known]:
 
 def find_additions() -> bool:
     """Tell whether the script has put something into modules."""
-    return bool(additions_to(homes(Imports().modules)))
+    return bool(additions_to(homes(imports_of_script())))

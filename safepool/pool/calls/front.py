@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Sized
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
-from safepool.pool.calls.mapping import Coming, Item, MapRun
-from safepool.pool.calls.results import Feed, ResultIterator, end_failed
+from safepool.pool.calls.mapping import Coming, MapRun
+from safepool.pool.calls.results import end_failed
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.workers.describe import name_of
 
@@ -31,28 +31,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.awaiting import Raising as _Raising
     from safepool.pool.calls.awaiting import Returning as _Returning
-    from safepool.pool.core.events import Force
-
-    class Runner(Feed, Protocol):
-        """Methods that :class:`PoolCalls` needs of the scheduler."""
-
-        def map(
-            self,
-            run: MapRun,
-            items: Iterable[Item],
-            ahead: int | None,
-            deadline: float | None,
-            keep: object,
-        ) -> ResultIterator:
-            """Queue the calls of a run and return the iterator over its results."""
-            ...
-
-        def kill(self, future: Future[Any]) -> bool:
-            """Cancel a call, and end it where it runs; ``False`` if it has ended."""
-            ...
-
-        def shut_down(self, *, wait: bool, cancel: bool = False, end: Force = "") -> None:
-            """Take no more calls; finish those that were submitted."""
+    from safepool.pool.calls.results import ResultIterator
 
 
 _T = TypeVar("_T")
@@ -71,7 +50,7 @@ class PoolCalls(AwaitedCalls):
     """The part of a pool that does not ask where its calls run.
 
     Attributes:
-        _scheduler: `Runner` that does the work; each pool says which.
+        _scheduler: Object that does the work, as above, by ``map``, ``kill`` and ``shut_down``.
         _policy: Timeout and retries of calls whose function has no policy.
         _own_submit: The pool's own ``submit``.
     """
@@ -303,9 +282,9 @@ class PoolCalls(AwaitedCalls):
                 returns_errors=return_exceptions,
             )
 
-        runner: Runner = self._scheduler
+        queue: Callable[..., ResultIterator] = self._scheduler.map
         if progress is False or progress is None:
-            return runner.map(make(MapRun), items, ahead, deadline, keep=self)
+            return queue(make(MapRun), items, ahead, deadline, keep=self)
         from safepool.pool.calls.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
@@ -313,7 +292,7 @@ class PoolCalls(AwaitedCalls):
         return counted.shown(
             label_of(progress) or "",
             total_of(iterables),
-            lambda: runner.map(counted, items, ahead, deadline, keep=self),
+            lambda: queue(counted, items, ahead, deadline, keep=self),
         )
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
@@ -342,8 +321,8 @@ class PoolCalls(AwaitedCalls):
             True
             (True, 1)
         """
-        runner: Runner = self._scheduler
-        return runner.kill(future) if kill else future.cancel()
+        cancelled: bool = self._scheduler.kill(future) if kill else future.cancel()
+        return cancelled
 
     def __enter__(self) -> Self:
         return self

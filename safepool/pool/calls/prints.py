@@ -120,11 +120,6 @@ def _digest(pickled: bytes | memoryview) -> bytes:
     return hashlib.sha256(pickled).digest()  # by one instruction, on most processors
 
 
-def length(buffer: bytes | memoryview) -> int:
-    """Return the bytes of a buffer."""
-    return memoryview(buffer).nbytes
-
-
 def is_equal(one: bytes | memoryview, other: bytes | memoryview) -> bool:
     """Tell whether two buffers hold the same; of 40 MiB in 3 ms (benchmarks/names.py)."""
     mine, theirs = memoryview(one).cast("B"), memoryview(other).cast("B")

@@ -21,7 +21,7 @@ from safepool.errors import PoolBrokenError, users_frames
 from safepool.pool.calls import mapping
 from safepool.pool.calls.mapping import Item, MapRun, Raised
 from safepool.pool.calls.tasks import fresh, here
-from safepool.pool.latch import Bell, Place, Waiters
+from safepool.pool.latch import Bell, Waiters
 from safepool.transport.room import held_at_most
 
 __all__ = ["Feed", "OpenMaps", "ResultIterator", "Results", "end_failed"]
@@ -188,9 +188,9 @@ class Results:
         """Number of items that were taken and whose results were not."""
         return self._fed - self._taken
 
-    def wait_for_room(self, place: Place) -> None:
-        """Call back when more results were taken, or no more will be."""
-        self._room.add(place)
+    def wait_for_room(self, bell: Bell) -> None:
+        """Ring when more results were taken, or no more will be."""
+        self._room.add(bell)
 
     def _has_room(self) -> bool:
         return not self.seen or self._items is None or self.ahead < self._most_ahead

@@ -42,45 +42,39 @@ class Closure:
     seen_in: int = 0
 
 
-class Imports:
-    """The imports of the script as it is now: a worker repeats them for what an import does.
+def imports_of_script() -> list[str]:
+    """Return the imports of the script as it is now: a worker repeats them for what they do.
 
     Read from its source, where there is one (a file, ``-c``, the cells of a notebook), or from
     what its namespace holds. Those inside of functions, and under ``if __name__ == "__main__":``,
     are not covered.
     """
+    sources = list(sources_of(main_space()))
+    modules: list[str] = []
+    for source in sources:
+        try:
+            statements = _imports(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # a cell with the notebook's own commands
+        for statement in statements:
+            modules += _modules_of(statement)
+    if not sources:
+        modules = [
+            value.__name__
+            for value in list(main_space().values())
+            if type(value) is types.ModuleType and value.__name__ in sys.modules
+        ]
+    return [name for name in dict.fromkeys(modules) if name not in ("__main__", "__future__")]
 
-    def __init__(self) -> None:
-        self.modules: list[str] = []
-        sources = list(sources_of(main_space()))
-        for source in sources:
-            try:
-                statements = _imports(source)
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue  # a cell with the notebook's own commands
-            for statement in statements:
-                self._take(statement)
-        if not sources:
-            self.modules = [
-                value.__name__
-                for value in list(main_space().values())
-                if type(value) is types.ModuleType and value.__name__ in sys.modules
-            ]
-        own = {"__main__", "__future__"}
-        self.modules = [name for name in dict.fromkeys(self.modules) if name not in own]
 
-    def _take(self, statement: ast.Import | ast.ImportFrom) -> None:
-        if isinstance(statement, ast.Import):
-            self.modules += [alias.name for alias in statement.names if alias.name in sys.modules]
-            return
-        module = absolute(statement.module or "", statement.level, main_space())
-        if module not in sys.modules:
-            return
-        self.modules.append(module)
-        for alias in statement.names:
-            below = f"{module}.{alias.name}"
-            if issubclass(type(sys.modules.get(below)), types.ModuleType):
-                self.modules.append(below)
+def _modules_of(statement: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names if alias.name in sys.modules]
+    module = absolute(statement.module or "", statement.level, main_space())
+    if module not in sys.modules:
+        return []
+    below = (f"{module}.{alias.name}" for alias in statement.names)
+    return [module, *(n for n in below if issubclass(type(sys.modules.get(n)), types.ModuleType))]
 
 
 @functools.lru_cache(maxsize=1024)  # each pool looks at the same script
@@ -129,7 +123,7 @@ class Table:
         self.first: dict[str, int] = {}
         self.there: dict[str, int] = {}
         self.slow: dict[str, object] = {}
-        self.imports: Imports | None = None
+        self.imports: list[str] | None = None
         self.beside: tuple[Delivery, ...] = ()
         self.added: Added | None = None
         self.look_at: int = -1

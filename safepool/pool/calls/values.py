@@ -20,8 +20,9 @@ from safepool.pool.calls.mains import (
     is_plain,
     plain_function,
 )
-from safepool.pool.calls.prints import Print, length, print_of, steadily
+from safepool.pool.calls.prints import Print, print_of, steadily
 from safepool.transport import payloads
+from safepool.transport.channel import size_of
 from safepool.transport.marks import find_attribute, is_of_python, main_space
 from safepool.transport.names import Met
 from safepool.transport.references import Collected
@@ -101,7 +102,7 @@ class Looked:
         """Return the print of the objects in doubt."""
         if self.printed is None:
             return None
-        same = [*map(length, self.printed[1:])] == [*map(length, pickled[1:])]
+        same = [*map(size_of, self.printed[1:])] == [*map(size_of, pickled[1:])]
         return Print(self.printed, stored if stored and same and not self.replaced else None)
 
 

@@ -18,7 +18,7 @@ from safepool.pool.calls.mains import (
     runs_no_code,
     uses_of,
 )
-from safepool.pool.calls.prints import Print, length, placed
+from safepool.pool.calls.prints import Print, placed
 from safepool.pool.calls.values import (
     CONTAINERS,
     OF_ANY_MODULE,
@@ -31,6 +31,7 @@ from safepool.pool.calls.values import (
     value_of,
 )
 from safepool.pool.hands import LateError, within
+from safepool.transport.channel import size_of
 from safepool.transport.held import Held, held_by_module
 from safepool.transport.marks import LRU_CACHE, Attributes, attribute_of, is_of_main, main_space
 from safepool.transport.names import mentioned_in
@@ -100,7 +101,7 @@ class Walk:
                 let_handlers_pass(error)
                 self.missing[name] = f"{type(error).__name__}: {text_of(error)}"
                 continue
-            if self._quiet and sum(map(length, one.segments)) > QUIET_BYTES:
+            if self._quiet and sum(map(size_of, one.segments)) > QUIET_BYTES:
                 del self._pickled[name]
                 self.missing[name] = (
                     f"no called function uses the name, and its pickle exceeds {QUIET_BYTES} bytes"

@@ -41,7 +41,7 @@ from safepool.pool.shell.listener import Listener
 from safepool.pool.shell.oom import OutOfMemoryWatch
 from safepool.pool.shell.records import Records
 from safepool.pool.shell.refused_calls import refused_call
-from safepool.pool.shell.settling import Settling, answer_of, answers_of, left_by, values_of
+from safepool.pool.shell.settling import Settling, answers_of, left_by, values_of
 from safepool.pool.shell.turns import TICK_S, Turns
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.transport.room import make_room
@@ -586,7 +586,8 @@ class Loop:
                 values = read_values(segments)
                 self._tell(staff, values_of(worker, position, *values, size_bytes))
             case Kind.RESULT | Kind.EXCEPTION:
-                self._tell(staff, answer_of(worker, position, kind, segments))
+                answer = [(position, 1, None)], [(kind, segments)]
+                self._tell(staff, e.Answered(worker, *answer))
             case Kind.READY:
                 if not segments:
                     worker.drop_board()

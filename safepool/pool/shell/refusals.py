@@ -14,7 +14,7 @@ from safepool.pool.shell.refused_calls import refused_call
 from safepool.procfs import fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from safepool.limits import Limits
     from safepool.limits._types import PidsLimit
@@ -88,7 +88,7 @@ def limit_met(number: int, limits: Limits | None = None) -> str:
     limits = limits or read_limits()
     if number == errno.EMFILE:
         return _files_met(limits)
-    memory = [*_memory_met()]
+    memory = _memory_met()
     tasks = [limit for limit in limits.pids if limit.tasks is not None]
     counted = [(limit, _used(limit)) for limit in tasks]
     tight = [
@@ -128,30 +128,27 @@ if sys.platform == "linux":
     # Ceiling, and its field in /proc/self/status (getrlimit(2)).
     _ADDRESSES = (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"))
 
-    def _used(limit: PidsLimit) -> int | None:
-        if limit.name != "RLIMIT_NPROC" or limit.used_tasks is not None:
-            return limit.used_tasks
-        return tasks_of_user(os.getuid())
 
-    def _memory_met() -> Iterable[str]:
+def _used(limit: PidsLimit) -> int | None:
+    if sys.platform == "linux" and limit.name == "RLIMIT_NPROC" and limit.used_tasks is None:
+        return tasks_of_user(os.getuid())
+    return limit.used_tasks
+
+
+def _memory_met() -> list[str]:
+    met: list[str] = []
+    if sys.platform == "linux":
         status = fields()
         for name, field in _ADDRESSES:
             limit, _ = resource.getrlimit(getattr(resource, name))
             used = int(status.get(field, "0").split()[0]) << 10
             if limit != resource.RLIM_INFINITY and used + _LITTLE_BYTES > limit:
-                yield (
+                met.append(
                     f"{name} allows this process {limit >> 20:,} MiB of addresses, "
                     f"{used >> 20:,} MiB are in use"
                 )
         left = MemoryWatch().read()
         if left is not None and left.bytes < _LITTLE_BYTES:
             told = f"{left.bytes >> 20:,} MiB are left of {left.limit_bytes >> 20:,} MiB"
-            yield f"memory: {told} ({left.source})"
-
-else:  # not Linux
-
-    def _used(limit: PidsLimit) -> int | None:
-        return limit.used_tasks
-
-    def _memory_met() -> Iterable[str]:
-        return ()
+            met.append(f"memory: {told} ({left.source})")
+    return met

@@ -95,13 +95,12 @@ def _refused(ctypes: Any, syscall: Any, column: int) -> list[tuple[str, int]]:
     return found
 
 
-if sys.platform == "linux":
+def refused_call() -> RefusedCallError | None:
+    """Return the calls of the table that the system refuses, as an error; ``None`` if none.
 
-    def refused_call() -> RefusedCallError | None:
-        """Return the calls of the table that the system refuses, as an error; ``None`` if none.
-
-        Without a filter nothing is tried.
-        """
+    Without a filter nothing is tried.
+    """
+    if sys.platform == "linux":
         try:
             column, found = _COLUMNS.get(os.uname().machine), fields()
             # No fields: they are hidden, or refused as well.
@@ -114,10 +113,5 @@ if sys.platform == "linux":
             number = refused[0][1] if refused else 0
             return RefusedCallError(number, os.strerror(number), names) if refused else None
         except (ImportError, OSError):  # the filter keeps even that
-            return None
-
-else:  # not Linux
-
-    def refused_call() -> RefusedCallError | None:
-        """Return nothing: no filter is known here."""
-        return None
+            pass
+    return None

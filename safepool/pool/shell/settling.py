@@ -195,11 +195,6 @@ class Settling:
         return {} if refused is None else {at: refused for *_, at in done.settled}
 
 
-def answer_of(worker: Member, position: int, kind: int, segments: _Segments) -> Answered:
-    """Return the event for a single answer."""
-    return Answered(worker, [(position, 1, None)], [(kind, segments)])
-
-
 def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = False) -> Answered:
     """Return the event for answers that arrived together.
 

@@ -186,28 +186,21 @@ def _open(path: str) -> int:
     return descriptor
 
 
-if sys.platform == "win32":
-
-    def _lock(_descriptor: int) -> bool:
-        return True
-
-    def _unlock(_descriptor: int) -> None:
-        pass
-
-else:
-
-    def _lock(descriptor: int) -> bool:
-        """Lock the file until it is closed; ``False`` if another process has locked it."""
+def _lock(descriptor: int) -> bool:
+    """Lock the file until it is closed; ``False`` if another process has locked it."""
+    if sys.platform != "win32":
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
             pass  # a file system without locks
-        return True
+    return True
 
-    def _unlock(descriptor: int) -> None:
-        # A fork of the program that has the descriptor too would keep it locked.
+
+def _unlock(descriptor: int) -> None:
+    # A fork of the program that has the descriptor too would keep it locked.
+    if sys.platform != "win32":
         try:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         except OSError:

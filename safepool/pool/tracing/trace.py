@@ -186,20 +186,13 @@ class Trace(CountedTrace, Listener):
         self._events.count("throttled", now, f'"ms":{grown.throttled_us / 1000:.3f}')
         self._events.count("periods", now, f'"frozen":{frozen},"free":{grown.periods - frozen}')
 
-    if sys.platform == "linux":
-
-        def _count_cpu(self, now: int) -> None:
-            thread = self._thread
-            if thread is None or thread.ident is None or not thread.is_alive():
-                return
-            used = time.clock_gettime_ns(time.pthread_getcpuclockid(thread.ident))
+    def _count_cpu(self, now: int) -> None:
+        thread = self._thread
+        ident = thread.ident if thread is not None and thread.is_alive() else None
+        if sys.platform == "linux" and ident is not None:
+            used = time.clock_gettime_ns(time.pthread_getcpuclockid(ident))
             before, since = self._cpu_ns, self._cpu_at_ns
             self._cpu_ns, self._cpu_at_ns = used, now
             if since:
                 share = (used - before) / max(1, now - since)
                 self._events.count("scheduler", now, f'"cpu_percent":{share:.0%}'.replace("%", ""))
-
-    else:  # not Linux
-
-        def _count_cpu(self, _now: int) -> None:
-            pass
