@@ -867,13 +867,13 @@ def test_an_attribute_that_is_gone_while_others_are_pickled_comes_back(tmp_path:
             print(pool.submit(look).result())
             Config.deletes = Deletes()
             Config.deletes.armed = True
-            print(pool.submit(look).result())
+            print(pool.submit(look).result()[:1])  # with or without the other
             Config.level = 1
             print(pool.submit(look).result())
     """
     out, _ = run(program, tmp_path)
 
-    assert out == "[None, 1]\n['', None]\n['', 1]\n"
+    assert out == "[None, 1]\n['']\n['', 1]\n"
 
 
 def test_an_attribute_is_deleted_nowhere_else(tmp_path: Path) -> None:
