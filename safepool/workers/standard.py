@@ -188,7 +188,7 @@ class Standard(StartMethod):
 class _Spawn(Standard):
     runs_script = True
 
-    if sys.platform != "win32":
+    if sys.platform == "linux":
 
         def start_trackers(self) -> None:
             """Start them, with the interpreter that the workers get as well."""
