@@ -35,6 +35,7 @@ a group, the order is that of use in one start.
     start           facts for a new worker; the interface of a start method; one worker
     plan            the way of ``__main__`` into workers
     off_path        modules that the program has loaded from files which no import finds
+    interpreter     the interpreter for workers, and the error if there is none
     inheritance     objects that an initializer gets beside its pickle
     board, fence    memory that both read and write without a message
     index           number of a worker in its pool

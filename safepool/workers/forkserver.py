@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.workers import asking, launch, upkeep
 from safepool.workers.identity import can_start, place, rights
+from safepool.workers.interpreter import executable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -136,7 +137,7 @@ def server_for(
 
 def _with_rights_of_before(setting: _Setting) -> upkeep.Server | None:
     """Return a server that can take the rights of now, where this user can start no other."""
-    if can_start(launch.executable(), os.__file__, __file__):
+    if can_start(executable(), os.__file__, __file__):
         return None
     for one, server in _servers.items():
         if one._replace(identity=setting.identity) == setting and server.can_fork:

@@ -15,7 +15,6 @@ import errno
 import fcntl
 import marshal
 import multiprocessing.process
-import multiprocessing.spawn
 import os
 import signal
 import socket
@@ -30,6 +29,7 @@ from typing import Any
 from safepool import linux, procfs
 from safepool.errors import naming
 from safepool.workers import forked, keeper
+from safepool.workers.interpreter import executable, no_interpreter
 from safepool.workers.off_path import modules_off_path
 from safepool.workers.safe_path import is_safe, safe_path
 
@@ -80,10 +80,6 @@ _LIMITS = (
     *("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE"),
     *("RLIMIT_MEMLOCK", "RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_STACK"),
 )
-
-
-class NoInterpreterError(RuntimeError):
-    """The interpreter for workers is no Python, or this user may not start it."""
 
 
 class KeptServer:
@@ -302,38 +298,6 @@ def _send_path(sock: socket.socket) -> None:
         sock.sendall(len(path).to_bytes(8, "little") + path)
     except OSError:
         pass  # it has ended; the next request notices that
-
-
-def executable() -> str:
-    """Return the interpreter, as multiprocessing's own start methods find it."""
-    found = multiprocessing.spawn.get_executable()
-    if not found:
-        if not sys.executable:
-            raise no_interpreter("is empty, as in a program that embeds Python")
-        # Set after multiprocessing was imported, whose resource tracker needs it as well.
-        multiprocessing.spawn.set_executable(sys.executable)
-        found = sys.executable
-    return os.fsdecode(found)
-
-
-def check_executable() -> None:
-    """Refuse a missing interpreter: a process by "spawn" would end with code 255 and no word."""
-    if not os.path.exists(executable()):
-        raise no_interpreter(
-            "does not exist. After os.chroot() a path begins at the new root: put Python and "
-            "safepool there, or make the pool's first call before (its workers keep the old root)"
-        )
-
-
-def no_interpreter(what: str) -> NoInterpreterError:
-    """Return the error that describes the problem with the interpreter."""
-    name = os.fsdecode(multiprocessing.spawn.get_executable() or sys.executable or "")
-    return NoInterpreterError(
-        f"the interpreter for workers, {name!r} (sys.executable, or what "
-        f"multiprocessing.set_executable() was given), {what}. Give "
-        "multiprocessing.set_executable() the path of a Python interpreter that can import "
-        'safepool, or pass mp_context="fork" if this program has no threads'
-    )
 
 
 def _interpreter_flags() -> list[str]:

@@ -28,6 +28,7 @@ from safepool.threads.environment import worker_environment
 from safepool.transport.fingerprints import ABSENT, UNKNOWN
 from safepool.transport.marks import main_space, marks_of
 from safepool.workers.begin import BEGIN, facts_for, popen_with
+from safepool.workers.interpreter import check_executable
 from safepool.workers.main import worker_main
 from safepool.workers.safe_path import SAFE_PATH, is_safe, safe_path
 from safepool.workers.settings_table import filters_of
@@ -188,12 +189,10 @@ class Standard(StartMethod):
 class _Spawn(Standard):
     runs_script = True
 
-    if sys.platform == "linux":
+    if sys.platform != "win32":
 
         def start_trackers(self) -> None:
             """Start them, with the interpreter that the workers get as well."""
-            from safepool.workers.launch import check_executable  # noqa: PLC0415 -- seldom
-
             check_executable()
             super().start_trackers()
 

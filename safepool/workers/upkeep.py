@@ -19,6 +19,7 @@ from safepool.errors import FROM_OUTSIDE
 from safepool.transport import letters
 from safepool.workers import asking, forked, launch
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.interpreter import no_interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,7 +254,7 @@ class Server:
             self.takes_rights = False
             if not running.take_rights(given_up):
                 self._stop()
-                raise launch.no_interpreter(
+                raise no_interpreter(
                     f"cannot be started by user {os.geteuid()}, and the running fork server "
                     "cannot take over the user and rights that this program now has"
                 )
@@ -265,7 +266,7 @@ class Server:
             running.await_the_end()
         ending = self._stop()
         if not running.answers and (late or (attempt and not running.was_ended_from_outside)):
-            raise launch.no_interpreter(f"was started as an interpreter, and {ending}")
+            raise no_interpreter(f"was started as an interpreter, and {ending}")
         _log.info("a fork server was lost and is started again: it %s", ending)
         return ending
 
