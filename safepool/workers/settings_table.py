@@ -26,9 +26,11 @@ import logging
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from safepool.threads.imports import is_importing
+
+Glance: TypeAlias = Callable[[Any], Callable[[], object] | None]
 
 
 class Setting(NamedTuple):
@@ -43,8 +45,10 @@ class Setting(NamedTuple):
         write: Function of the module and a value of ``read`` that sets the value.
         of_thread: Whether each thread has a separate value: that of the thread which made the pool
             counts.
-        glance: Function of the module that returns another object as soon as the setting has
-            changed, or ``None`` if that is unknown. Used if ``read`` takes longer.
+        glance: Function of the module that returns a function without arguments, or ``None`` if
+            there is none. What that function returns is no longer equal as soon as the setting has
+            changed, and ``None`` if that is unknown. It runs no Python code if possible: before
+            each lone call it is called, with nothing of it in the processor's caches.
         seldom: Whether the setting seldom changes, or takes long to read: it is then read less
             often.
     """
@@ -55,7 +59,7 @@ class Setting(NamedTuple):
     write: Callable[[Any, Any], object]
     source: str
     of_thread: bool = False
-    glance: Callable[[Any], object] | None = None
+    glance: Glance | None = None
     seldom: bool = False
 
 
@@ -68,7 +72,7 @@ def _by_functions(
     put: str,
     *,
     of_thread: bool = False,
-    glance: Callable[[Any], object] | None = None,
+    glance: Glance | None = None,
     seldom: bool = False,
     source: str = "",
 ) -> Setting:
@@ -108,15 +112,10 @@ def filters_of(warnings: Any) -> list[Any]:
     return warnings.filters  # type: ignore[no-any-return]
 
 
-_filters: list[Any] = []
-
-
-def _glance_at_filters(warnings: Any) -> object:
-    global _filters  # noqa: PLW0603 -- as they were at the last glance
-    now = filters_of(warnings)
-    if now != _filters:
-        _filters = [*now]
-    return _filters
+def _glance_at_filters(warnings: Any) -> Callable[[], object]:
+    if hasattr(warnings, "_get_filters"):
+        return functools.partial(filters_of, warnings)
+    return functools.partial(operator.attrgetter("filters"), warnings)
 
 
 def _write_filters(warnings: Any, value: list[Any]) -> None:
@@ -196,6 +195,9 @@ def _write_level_names(logging: Any, value: dict[int, str]) -> None:
 def _levels_of_the_program() -> tuple[int, dict[str, int]]:
     """Return the value of ``logging.disable()``, and the levels that are set, by logger."""
     root = logging.root
+    remembered: Any = getattr(root, "_cache", None)
+    if remembered is not None:
+        remembered.setdefault("safepool", object())  # for the glance; first this, then the look
     loggers = list(root.manager.loggerDict.items())
     levels = {
         name: logger.level
@@ -207,15 +209,13 @@ def _levels_of_the_program() -> tuple[int, dict[str, int]]:
     return root.manager.disable, {"": root.level, **levels}
 
 
-def _glance_at_levels(_logging: Any) -> object:
-    """Return an object that is another one as soon as a level has been set, or a logger made.
+def _glance_at_levels(_logging: Any) -> Callable[[], object] | None:
+    """Look for an object that is lost as soon as a level has been set, or a logger made.
 
     Each of these clears what every logger remembers of its level; Python 3.7 and later.
     """
     remembered: Any = getattr(logging.root, "_cache", None)
-    if remembered is None:
-        return None
-    return remembered.setdefault("safepool", object())
+    return None if remembered is None else functools.partial(remembered.get, "safepool")
 
 
 class _Levels:
@@ -301,26 +301,16 @@ def _write_authkey(process: Any, value: bytes) -> None:
 # Errors of libraries.
 
 
-def _glance_at_errors(_numpy: Any) -> object:
+def _glance_at_errors(_numpy: Any) -> Callable[[], object] | None:
     # NumPy 2: an object in a context variable, which is replaced by each change.
     umath = sys.modules.get("numpy._core.umath")
     variable = getattr(umath, "_extobj_contextvar", None)
-    return None if variable is None else variable.get(variable)
+    return None if variable is None else functools.partial(variable.get, variable)
 
 
-def _glance_at_printing(_numpy: Any) -> object:
+def _glance_at_printing(_numpy: Any) -> Callable[[], object] | None:
     options = getattr(sys.modules.get("numpy._core.printoptions"), "format_options", None)
-    return None if options is None else options.get(options)
-
-
-_parameters: dict[str, object] = {}
-
-
-def _glance_at_matplotlib(matplotlib: Any) -> object:
-    global _parameters  # noqa: PLW0603 -- as they were at the last glance
-    if not dict.__eq__(matplotlib.rcParams, _parameters):
-        _parameters = dict(dict.items(matplotlib.rcParams))
-    return _parameters
+    return None if options is None else functools.partial(options.get, options)
 
 
 def _read_matplotlib(matplotlib: Any) -> dict[str, object]:
@@ -440,6 +430,7 @@ SETTINGS: tuple[Setting, ...] = (
         read=lambda decimal: _context(decimal.getcontext()),
         write=_write_context,
         of_thread=True,
+        glance=lambda decimal: lambda: decimal.getcontext().__reduce__(),
         source="Python, decimal, Context objects",
     ),
     Setting(
@@ -492,7 +483,8 @@ SETTINGS: tuple[Setting, ...] = (
         module="matplotlib",
         read=_read_matplotlib,
         write=_write_matplotlib,
-        glance=_glance_at_matplotlib,
+        # dict's own, as above
+        glance=lambda matplotlib: lambda: dict(dict.items(matplotlib.rcParams)),
         seldom=True,
         source="Matplotlib, matplotlib.rcParams",
     ),

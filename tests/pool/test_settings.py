@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import decimal
 import importlib.util
 import json
+import logging
+import socket
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import support_natives as natives
 
 from safepool import register_setting
+from safepool.pool.shell.settings import Settings
 from safepool.workers.settings import settings
 from safepool.workers.settings_table import SETTINGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 METHODS = ["safepool", "loky", "spawn", "fork"]
@@ -563,3 +571,67 @@ if __name__ == "__main__":
     print(json.dumps(wrong))
 """
     assert natives.run(code, cpus=None, folder=tmp_path) == 0
+
+
+class Ended:
+    """A future that has ended."""
+
+    def has_ended(self) -> bool:
+        return True
+
+
+def calls_of(found: Settings) -> int:
+    """Return how many functions written in Python one look calls."""
+    calls = []
+    sys.setprofile(lambda _, event, __: calls.append(event))
+    try:
+        found.look_before(Ended())  # type: ignore[arg-type]
+    finally:
+        sys.setprofile(None)
+    return calls.count("call")
+
+
+def test_a_look_that_finds_nothing_new_is_made_by_functions_written_in_c() -> None:
+    found = Settings()
+    # Now and then it looks at everything, and in 3.14 Python itself finds the filters.
+    assert min(calls_of(found) for _ in range(100)) <= 10
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "filter": lambda: warnings.filterwarnings("ignore", "never"),
+    "level": lambda: logging.getLogger("of.a.test").setLevel(31),
+    "disabled": lambda: logging.disable(5),
+    "precision": lambda: setattr(decimal.getcontext(), "prec", 5),
+    "trap": lambda: decimal.getcontext().traps.__setitem__(decimal.Inexact, True),
+    "context": lambda: decimal.setcontext(decimal.Context(6)),
+    "timeout": lambda: socket.setdefaulttimeout(77),
+    "errors": lambda: np.seterr(all="raise"),
+    "printing": lambda: np.set_printoptions(precision=3),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_look_sees_the_change_since_the_one_before(what: str) -> None:
+    """In each of two pools, whichever looks first, and in neither of them twice."""
+    pools = [Settings(), Settings()]
+    with (
+        warnings.catch_warnings(),
+        decimal.localcontext(),
+        np.errstate(),
+        np.printoptions(),
+    ):
+        try:
+            for repeat in range(2):
+                for found in pools * 3:
+                    found.look_before(Ended())  # type: ignore[arg-type]
+                states = [found.state for found in pools]
+                if repeat == 0:
+                    CHANGES[what]()
+                for found in pools * 3:
+                    found.look_before(Ended())  # type: ignore[arg-type]
+                same = [found.state is state for found, state in zip(pools, states, strict=True)]
+                assert same == [bool(repeat)] * 2
+        finally:
+            socket.setdefaulttimeout(None)
+            logging.disable(0)
+            logging.getLogger("of.a.test").setLevel(0)

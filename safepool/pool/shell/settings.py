@@ -3,8 +3,8 @@
 Looked at, and pickled, by the threads that call the pool: some settings are each thread's own.
 
 The cost of a check is bounded. A pool that is made and each ``map`` look at everything. A
-``submit`` looks if the one before has ended, as nothing else is going on then: two microseconds
-beside the hundred that a call takes there and back. In a burst of submits it checks so rarely that
+``submit`` looks if the one before has ended, as nothing else is going on then: a few functions
+written in C tell whether anything has changed. In a burst of submits it checks so rarely that
 it takes a fiftieth of the time. Rows that change rarely or take long to read are always checked at
 that rate (benchmarks/dispatch.py, submit).
 """
@@ -12,6 +12,7 @@ that rate (benchmarks/dispatch.py, submit).
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from safepool.workers.contained import ContainedLogger
 from safepool.workers.settings import Packed, pack_setting, revision, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from safepool.pool.calls.deliveries import Delivery
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     from safepool.workers.settings_table import Setting
 
 _log = ContainedLogger()
+
+_call: Callable[[Callable[[], object]], object] = operator.call
+# Equal to nothing else.
+_NEVER = object()
+_UNSEEN: tuple[list[Callable[[], object]], list[object]] = [], [_NEVER]
 
 # Pause between two checks, as a multiple of the last check's duration.
 _PAUSE = 50
@@ -49,10 +55,17 @@ class _Seen:
 
     def __init__(self, row: Setting, module: ModuleType) -> None:
         self.row, self.module = row, module
-        self.read, self.glance, self.of_thread = row.read, row.glance, row.of_thread
+        self.read, self.of_thread = row.read, row.of_thread
+        self.glance = None if row.glance is None else row.glance(module)
         self.known = False
         self.seen: object = None
         self.value: object = None
+
+    def check(self) -> tuple[Callable[[], object], object]:
+        """Return a function, and what it returns as long as the setting does not change."""
+        if self.glance is None:
+            return functools.partial(self.read, self.module), self.value if self.known else _NEVER
+        return self.glance, _NEVER if self.seen is None else self.seen
 
 
 class Settings:
@@ -74,6 +87,9 @@ class Settings:
         self._seldom: list[_Seen] = []
         self._made_of = (0, 0)
         self._often_not_before_ns = self._seldom_not_before_ns = 0
+        # By whether the thread is that of the pool: functions of the rows that are looked at
+        # often, and what they return as long as nothing changes.
+        self._checks: dict[bool, tuple[list[Callable[[], object]], list[object]]] = {}
         self._last: weakref.ref[PoolFuture] | None = None
         self.look()
 
@@ -85,17 +101,34 @@ class Settings:
             last = None if before is None else before()
             if last is not None and not last.has_ended():
                 return
-        self._look(now_ns, seldom=now_ns >= self._seldom_not_before_ns)
+        seldom = now_ns >= self._seldom_not_before_ns
+        if not seldom and self._is_as_seen():
+            self._often_not_before_ns = now_ns + _PAUSE * (time.monotonic_ns() - now_ns)
+            return
+        self._look(now_ns, seldom=seldom)
 
     def look(self) -> None:
         """Look at everything."""
         self._look(time.monotonic_ns(), seldom=True)
+
+    def _is_as_seen(self) -> bool:
+        """Tell whether nothing that is looked at often has changed, by few steps of C code."""
+        functions, seen = self._checks.get(threading.get_ident() == self._thread, _UNSEEN)
+        try:
+            return [*map(_call, functions)] == seen
+        except Exception as error:  # noqa: BLE001 -- any library's own errors, arrays, user code
+            let_handlers_pass(error)
+            return False
 
     def _look(self, begun_ns: int, *, seldom: bool) -> None:
         if self._made_of != (len(sys.modules), revision()):
             self._find()
         ours = threading.get_ident() == self._thread
         self._look_at([*self._often, *self._seldom] if seldom else self._often, ours)
+        checks = [one.check() for one in self._often if ours or not one.of_thread]
+        functions, seen = [one for one, _ in checks], [one for _, one in checks]
+        modules, rows = self._made_of
+        self._checks[ours] = [sys.modules.__len__, revision, *functions], [modules, rows, *seen]
         ended_ns = time.monotonic_ns()
         self._often_not_before_ns = ended_ns + _PAUSE * (ended_ns - begun_ns)
         if seldom:
@@ -120,9 +153,11 @@ class Settings:
             if one.of_thread and not ours:
                 continue
             try:
-                seen = None if one.glance is None else one.glance(one.module)
-                if seen is not None and seen is one.seen:
+                seen = None if one.glance is None else one.glance()
+                if seen is not None and seen == one.seen:
                     continue
+                if type(seen) is list:  # it may be the setting itself
+                    seen = [*seen]
                 value = one.read(one.module)
                 if one.known:
                     plain = type(value) in PLAIN and type(one.value) is type(value)
