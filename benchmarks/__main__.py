@@ -27,6 +27,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -284,6 +285,17 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def compile_modules(*folders: Path) -> None:
+    """Compile what is in folders, as the first import does, and have later imports do so, too.
+
+    ``pip install --no-compile`` and ``PYTHONDONTWRITEBYTECODE`` leave it out. Each process would
+    compile SciPy anew: all pools would take two to three times as long.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    compiler = [sys.executable, "-m", "compileall", "-qq", "-j0", *map(str, folders)]
+    subprocess.run(compiler, check=False)  # some packages have files for other Pythons only
+
+
 def lacking(benchmark: Benchmark) -> str | None:
     """Return why one cannot run here; ``None`` if it can."""
     missing = [name for name in benchmark.needs if importlib.util.find_spec(name) is None]
@@ -347,6 +359,9 @@ def main() -> int:
         return 0
     # Ignored in what a shell has started in the background, and then by benchmarks, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not asked.quick:
+        installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+        compile_modules(*installed, ROOT / "safepool", ROOT / "benchmarks")
     begun = time.monotonic()
     end = begun + 60 * asked.minutes
     failed = [name for name in names if not _run_and_keep(name, asked, end - time.monotonic())]

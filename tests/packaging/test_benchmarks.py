@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -58,6 +59,19 @@ def test_figures_are_kept_with_what_they_come_from(tmp_path: Path) -> None:
     check(found)
     assert found["quick"]
     assert (tmp_path / "limits.svg").read_text() == AS_SVG(found)
+
+
+def test_modules_are_compiled_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "module.py").write_text("value = 1")
+    (tmp_path / "other.py").write_text("value = ")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    runpy.run_path(str(FOLDER / "__main__.py"))["compile_modules"](tmp_path)
+
+    assert [file.name.split(".")[0] for file in tmp_path.glob("*/*.pyc")] == ["module"]
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ
 
 
 def test_results_are_whole_runs() -> None:
