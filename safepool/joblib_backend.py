@@ -30,7 +30,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import queue
+import threading
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -46,7 +48,7 @@ from safepool import joblib_blocks
 from safepool.arguments import RULES, check, checked, parse_bytes, what_was_meant
 from safepool.budget import Request
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
-from safepool.joblib_callbacks import Callbacks
+from safepool.joblib_callbacks import Callbacks, fail
 from safepool.joblib_here import CallBar, HeldThreads, sequential
 from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, Lease, Pools, Settings, born_with
 from safepool.machine import log_once, read_budget, tell_once
@@ -640,6 +642,18 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         for future in [*self._futures]:
             if lease is not None and not future.done():
                 lease.pool.cancel(future, kill=True)
+
+    def leave(self) -> None:
+        """Let a call that is not over raise in a fork of the program: nothing ends it there."""
+        if self._callbacks is None:
+            return
+        parallel = self.parallel
+        parallel._lock = threading.RLock()  # a thread that the fork lacks may hold it
+        told = (
+            f"this Parallel call belongs to process {os.getppid()}, and process {os.getpid()} is "
+            "a fork of that process, where no results arrive. Start the call again in the fork"
+        )
+        fail(parallel, parallel._call_id, RuntimeError(told))
 
     def terminate(self) -> None:
         """End one ``Parallel`` call; the workers stay for the next."""

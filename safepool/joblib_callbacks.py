@@ -38,15 +38,15 @@ class Callbacks:
     def __init__(self, goes_on: Callable[[], bool]) -> None:
         self._goes_on = goes_on
         self._over = threading.Event()
-        self._done: queue.SimpleQueue[tuple[Callable[[Any], object], Future[Any]] | None]
+        self._done: queue.SimpleQueue[tuple[Any, Future[Any]] | None]
         self._done = queue.SimpleQueue()
         self._closed = False
         # A daemon: it may be in the middle of an iterator that does not end.
         self._thread = threading.Thread(target=self._run, name="safepool-joblib", daemon=True)
         self._thread.start()
 
-    def after(self, future: Future[Any], callback: Callable[[Any], object]) -> None:
-        """Run a callback when a future is done."""
+    def after(self, future: Future[Any], callback: Any) -> None:
+        """Run a callback of joblib's when a future is done."""
         future.add_done_callback(lambda done: self._done.put((callback, done)))
 
     def wait(self) -> None:
@@ -72,23 +72,22 @@ class Callbacks:
             try:
                 callback(future)
             except BaseException as error:  # noqa: BLE001 -- raised where the program waits
-                _fail(callback, error)
+                fail(callback.parallel, callback.parallel_call_id, error)
             if not self._goes_on():
                 self._over.set()
             # The program owns the result of the call.
             del entry, callback, future
 
 
-def _fail(callback: Any, error: BaseException) -> None:
+def fail(parallel: Any, call_id: str | None, error: BaseException) -> None:
     """Let a call raise what its callback has raised, as joblib does with an iterator's errors.
 
     Otherwise no batch would be dispatched any more, and the program would wait without end. The
     cause is ``SystemExit`` or ``KeyboardInterrupt`` from the iterator, or the printing of
     progress.
     """
-    parallel = callback.parallel
     with parallel._lock:
-        if parallel._call_id == callback.parallel_call_id:
+        if parallel._call_id == call_id:
             failed = BatchCompletionCallBack(0.0, 0, parallel)
             parallel._register_new_job(failed)
             failed._register_outcome({"result": error, "status": TASK_ERROR})

@@ -283,6 +283,9 @@ class Pools:
 
 def _forget_all() -> None:
     for pools in [*_made]:
+        for lease in pools._leases:
+            for user in [*lease.users]:
+                user.leave()
         pools.forget()
 
 

@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import pytest
 import support_tasks as tasks
 from joblib import Parallel, delayed
+from support_processes import in_a_fork
 
 import safepool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_results_come_in_order_from_other_processes() -> None:
@@ -229,6 +234,28 @@ def test_initializers_that_are_made_for_each_call_leave_few_pools() -> None:
         assert len(SHARED._leases) <= _MOST_UNUSED
     finally:
         SHARED.close(end=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+@pytest.mark.parametrize("kind", ["generator", "generator_unordered"])
+def test_a_call_that_a_fork_has_inherited_raises_there(kind: str, tmp_path: Path) -> None:
+    """Nothing ends its batches in the fork. A call of the fork's own runs."""
+    gate = str(tmp_path / "gate")
+    with safepool.parallel_backend():
+        call = Parallel(n_jobs=2, return_as=kind)
+        results = call(delayed(tasks.wait_for)(gate, n) for n in range(8))
+
+        with ThreadPoolExecutor(1) as other:  # holds the lock at the moment of the fork
+            other.submit(call._lock.acquire).result()
+            told = in_a_fork(lambda: next(results))
+            other.submit(call._lock.release).result()
+        again = in_a_fork(lambda: Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(3)))
+
+        (tmp_path / "gate").touch()
+        assert sorted(results) == [*range(8)]
+    assert told.startswith(f"RuntimeError: this Parallel call belongs to process {os.getpid()}, ")
+    assert told.endswith("Start the call again in the fork")
+    assert again == "[0, 1, 2]"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
