@@ -45,6 +45,9 @@ MARK = f"{os.getpid()}-{secrets.token_hex(4)}"
 # still, what is to end cannot end either.
 GRACE_S = 2.0
 
+# Without those for real-time use, of which there are many.
+_SIGNALS = [one for one in signal.valid_signals() if isinstance(one, signal.Signals)]
+
 ON_LINUX = sys.platform == "linux"
 
 # The names that safepool and the libraries under it give to shared memory, one folder for
@@ -177,6 +180,7 @@ class Snapshot:
         descriptors: Open descriptors, and what each one leads to.
         memory_files: Mappings of unnamed memory files (``memfd_create``).
         names: Files and folders, in the temporary folder and in shared memory.
+        handlers: This process's handlers of signals.
     """
 
     pids: frozenset[int]
@@ -184,6 +188,7 @@ class Snapshot:
     descriptors: dict[int, str]
     memory_files: frozenset[str]
     names: frozenset[Path]
+    handlers: dict[int, object]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -254,6 +259,7 @@ def take_snapshot() -> Snapshot:
         descriptors=_descriptors(),
         memory_files=_memory_files(),
         names=frozenset(_names()),
+        handlers={number: signal.getsignal(number) for number in _SIGNALS},
     )
 
 
@@ -415,6 +421,10 @@ def _new_since(before: Snapshot, after: Snapshot) -> Iterator[Leak]:
     for name in after.names - before.names:
         if not _is_someone_elses(name):
             yield Leak(what=f"name {name}")
+
+    for number, handler in after.handlers.items():
+        if handler is not before.handlers[number]:
+            yield Leak(what=f"handler of {signal.Signals(number).name}: {handler}")
 
 
 def _new_processes(known: frozenset[int]) -> Iterator[Leak]:

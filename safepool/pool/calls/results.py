@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any, Protocol, Self
 
-from safepool.errors import PoolBrokenError, users_frames
+from safepool.errors import PoolBrokenError, let_handlers_pass, users_frames
 from safepool.pool.calls import mapping
 from safepool.pool.calls.mapping import Item, MapRun, Raised
 from safepool.pool.calls.tasks import fresh, here
@@ -377,12 +377,13 @@ class Results:
 
     def _queue(self, items: Iterator[Item], many: int | None) -> None:
         batch: list[Item] = []
-        error: BaseException | None = None
+        error: Exception | None = None
         try:
             ended = self._take(items, many, batch)
-        except BaseException as problem:
+        except Exception as problem:
             if not self._fed:
                 raise
+            let_handlers_pass(problem)
             error, ended = problem, True
         if ended:
             self._items = None
