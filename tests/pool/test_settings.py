@@ -6,9 +6,11 @@ import decimal
 import importlib.util
 import json
 import logging
+import pickle
 import socket
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -635,3 +637,23 @@ def test_a_look_sees_the_change_since_the_one_before(what: str) -> None:
             socket.setdefaulttimeout(None)
             logging.disable(0)
             logging.getLogger("of.a.test").setLevel(0)
+
+
+def test_a_setting_of_before_is_seen_also_if_another_thread_has_seen_one_in_between() -> None:
+    """The first thread has nothing new to see, and workers have the value of in between."""
+    found = Settings()
+
+    def look(timeout_s: float | None) -> object:
+        socket.setdefaulttimeout(timeout_s)
+        for _ in range(2):
+            found.look_before(Ended())  # type: ignore[arg-type]
+        (packed,) = [one for one in found.packed() if "timeout" in one.name]
+        return pickle.loads(packed.values[0][0])
+
+    try:
+        first = look(71)
+        with ThreadPoolExecutor(1) as other:
+            between = other.submit(look, 72).result()
+        assert (first, between, look(71)) == (71, 72, 71)
+    finally:
+        socket.setdefaulttimeout(None)

@@ -88,7 +88,9 @@ class Settings:
         self._made_of = (0, 0)
         self._often_not_before_ns = self._seldom_not_before_ns = 0
         # By whether the thread is that of the pool: functions of the rows that are looked at
-        # often, and what they return as long as nothing changes.
+        # often, and what they return as long as nothing changes. Another dictionary after each
+        # change: a thread that has not seen the change would take the value from before it for
+        # what workers have.
         self._checks: dict[bool, tuple[list[Callable[[], object]], list[object]]] = {}
         self._last: weakref.ref[PoolFuture] | None = None
         self.look()
@@ -125,10 +127,11 @@ class Settings:
             self._find()
         ours = threading.get_ident() == self._thread
         self._look_at([*self._often, *self._seldom] if seldom else self._often, ours)
+        found = self._checks  # before the values, which another thread may change meanwhile
         checks = [one.check() for one in self._often if ours or not one.of_thread]
         functions, seen = [one for one, _ in checks], [one for _, one in checks]
         modules, rows = self._made_of
-        self._checks[ours] = [sys.modules.__len__, revision, *functions], [modules, rows, *seen]
+        found[ours] = [sys.modules.__len__, revision, *functions], [modules, rows, *seen]
         ended_ns = time.monotonic_ns()
         self._often_not_before_ns = ended_ns + _PAUSE * (ended_ns - begun_ns)
         if seldom:
@@ -174,6 +177,7 @@ class Settings:
                 self.state = object()  # after that: a reader begins with it
             # Last: if a signal handler interrupts before it, the next check repeats the work.
             one.known, one.value, one.seen = True, value, seen
+            self._checks = {}
 
     def _pack(self, row: Setting, value: object) -> Packed | None:
         try:
