@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
+import marshal
 import operator
 import sys
 import types
@@ -535,11 +536,12 @@ def _mark_of_held(function: Any) -> bytes:
         code = attribute_of(one, "__code__")
         own = _mark_of_code(code) if type(code) is types.CodeType else b""
         held += attribute_of(kind, "__qualname__"), own
-    plain = [repr(one) if type(one) in PLAIN else "" for one in held]
-    if not any(plain):
+    plain = [one if type(one) in PLAIN else ... for one in held]
+    if all(one is ... for one in plain):
         return b""
-    text = repr(plain).encode("utf-8", "surrogatepass")
-    return blake2b(text, digest_size=8).hexdigest().encode()
+    # Not by repr(), which refuses an int of many digits. Version 2 has no references, which depend
+    # on who else holds a value.
+    return blake2b(marshal.dumps(plain, 2), digest_size=8).hexdigest().encode()
 
 
 def _registry_of(function: Any) -> Mapping[Any, Any]:

@@ -419,6 +419,17 @@ def test_the_mark_of_a_set_in_code_is_the_same_in_each_process() -> None:
     assert len(found) == 1
 
 
+def test_a_function_with_a_number_of_many_digits_has_a_mark() -> None:
+    """Python refuses its repr(): without a mark the script would not be run for workers."""
+
+    def function(number: int = 10**5000) -> int:
+        return number
+
+    before = marks.mark_of(function)
+    function.__defaults__ = (10**5000 + 1,)
+    assert marks.mark_of(function) != before
+
+
 def test_a_function_that_is_not_in_the_script_does_not_travel_by_name() -> None:
     known = MainNames()
     known.learn({"round_trip": b"mark"})
