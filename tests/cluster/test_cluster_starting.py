@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shlex
+import signal
 import textwrap
 from typing import Any
 
@@ -56,7 +57,9 @@ def test_the_job_script_asks_for_the_cpus_that_the_node_is_to_have() -> None:
 @pytest.mark.slow  # where Dask is installed
 def test_dask_jobqueue_submits_that_script() -> None:
     """Not submitted: there is no SLURM."""
+    before = signal.getsignal(signal.SIGINT)
     slurm = pytest.importorskip("dask_jobqueue.slurm", reason="pip install dask-jobqueue")
+    signal.signal(signal.SIGINT, before)  # the import has set one of its own
     job = slurm.SLURMJob(scheduler="tcp://a:1", name="dummy-name", **words_of_cluster())
     assert script_of(job.job_script()) == script_of(shown("print(cluster.job_script())"))
 
