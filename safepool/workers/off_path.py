@@ -15,8 +15,10 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from safepool.errors import let_handlers_pass
 
 Table = dict[str, tuple[str | None, list[str] | None]]
 """By full name: the file, if there is one, and the folders of a package."""
@@ -31,19 +33,25 @@ def modules_off_path() -> Table:
 
     The table may name modules that a finder of their own finds, as those of an editable install.
     """
-    state = len(sys.modules), *sys.path
+    state = len(sys.modules), *(one for one in sys.path if isinstance(one, str))
     found = _found.get(state)
     if found is None:
         found = {}
         modules = sys.modules.copy().items()
-        for name, module in modules:
-            _enter(found, name, module)
+        _enter_all(found, modules)
         if found:  # a package may have come after its modules
-            for name, module in modules:
-                _enter(found, name, module)
+            _enter_all(found, modules)
         _found.clear()
         _found[state] = found
     return found
+
+
+def _enter_all(found: Table, modules: Iterable[tuple[str, object]]) -> None:
+    for name, module in modules:
+        try:
+            _enter(found, name, module)
+        except Exception as error:  # noqa: BLE001 -- a namespace without its parent, odd values
+            let_handlers_pass(error)
 
 
 def _enter(found: Table, name: str, module: object) -> None:

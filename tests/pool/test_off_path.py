@@ -111,6 +111,27 @@ def test_modules_of_the_path_are_not_in_the_table() -> None:
     assert not table.keys() & {json.decoder.__name__, np.__name__, "numpy.linalg", "sys", "os"}
 
 
+def test_a_module_that_cannot_be_asked_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A namespace without its parent raises; neither that nor an odd path breaks a pool."""
+    folder = tmp_path / "plugin_space" / "inner"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), ["no", "folder"]])
+    importlib.import_module("plugin_space.inner")
+    parent = sys.modules.pop("plugin_space")
+    try:
+        with pytest.raises(KeyError):
+            list(sys.modules["plugin_space.inner"].__path__)
+        found = off_path.modules_off_path()
+        assert found.keys().isdisjoint({"plugin_space", "plugin_space.inner"})
+        with ProcessPool(1) as pool:
+            assert pool.submit(abs, -1).result(60) == 1
+    finally:
+        sys.modules["plugin_space"] = parent
+        del sys.modules["plugin_space.inner"], sys.modules["plugin_space"]
+
+
 def test_functions_of_a_test_of_pytest(tmp_path: Path) -> None:
     """Pytest's importlib mode enters ``checks.inner.test_point``, and no import finds it."""
     folder = tmp_path / "checks" / "inner"
