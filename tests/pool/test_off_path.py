@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +132,31 @@ def test_a_module_that_cannot_be_asked_is_left_out(
     finally:
         sys.modules["plugin_space"] = parent
         del sys.modules["plugin_space.inner"], sys.modules["plugin_space"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_function_of_a_module_whose_package_cannot_be_imported_is_an_error_of_its_call(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickle imports the packages above, although the module is there. The pool goes on."""
+    folder = tmp_path / "plugin_space"
+    folder.mkdir()
+    (folder / "point.py").write_text(POINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+        module = importlib.import_module("plugin_space.point")
+    del sys.modules["plugin_space"]
+    try:
+        with ProcessPool(1) as pool:
+            pool.submit(abs, -1).result(60)
+            before = [] if alone else [pool.submit(time.sleep, 0) for _ in range(50)]
+            assert isinstance(pool.submit(module.move, 1).exception(60), pickle.PicklingError)
+            with pytest.raises(pickle.PicklingError):
+                list(pool.map(module.move, [1], timeout=60))
+            assert [one.result(60) for one in before] == [None] * len(before)
+            assert pool.submit(abs, -1).result(60) == 1
+    finally:
+        del sys.modules["plugin_space.point"]
 
 
 def test_functions_of_a_test_of_pytest(tmp_path: Path) -> None:

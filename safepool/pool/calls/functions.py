@@ -9,6 +9,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.pool.calls.mains import Look, is_definition, is_importable, is_of_main
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
@@ -144,7 +145,11 @@ class Functions:
             and is_importable(function)
             and not payloads.by_value_modules()
         ):
-            pickled = pickle.dumps(function, protocol=5)
+            try:
+                pickled = pickle.dumps(function, protocol=5)
+            except Exception as error:  # noqa: BLE001 -- pickle imports the packages above again
+                let_handlers_pass(error)
+                return None  # the pickle with the call raises it in the call
             sent = SentFunction(next(self._numbers), [pickled], lasting=True)
             self._importable[function] = sent
         return sent
