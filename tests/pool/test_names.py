@@ -672,6 +672,47 @@ def test_a_generator_that_several_workers_use_is_told_of_once(
     assert warned.count("draw the same random numbers from the global source") == workers - 1
 
 
+# One row per kind of value: how it is made, and what follows its last change.
+CHANGED_MEANWHILE: dict[str, tuple[str, str]] = {
+    "data": ("{'n': 0}", "print(pool.submit(look).result())"),
+    # Its own code might be the reason that two pickles differ: that holds for a moment.
+    "an object of the script": (
+        "Holder(n=0)",
+        "print(1000 * any(pool.submit(look).result() == 1000 for _ in range(10_000)))",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED_MEANWHILE)
+def test_a_value_that_another_thread_changes_during_each_check_is_not_given_up(
+    kind: str, tmp_path: Path
+) -> None:
+    value, last = CHANGED_MEANWHILE[kind]
+    text = f"""
+    import safepool
+    from safepool.pool.calls import known
+    class Holder(dict): pass
+    value = {value}
+    def look():
+        return value["n"]
+    check = known.print_of
+    def change_and_check(values):
+        value["n"] += 1
+        return check(values)
+    with safepool.ProcessPool(1) as pool:
+        pool.submit(look).result()
+        known.print_of = change_and_check
+        value["n"] += 1
+        pool.submit(look).result()
+        known.print_of = check
+        value["n"] = 1000
+        {last}
+    """
+    out, _ = run(text, tmp_path)
+
+    assert out == "1000"
+
+
 def test_a_large_global_that_changes_is_told_of_once(tmp_path: Path) -> None:
     text = """
     import numpy, safepool

@@ -25,6 +25,9 @@ BY_CONTENT = object()
 
 # More time than this, of the program, to find out whether data has changed is worth a word.
 _MUCH_S = 1.0
+# Time for which a pickle that differs each time is not made again, as a multiple of the time that
+# it took.
+_PAUSE = 50
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -39,7 +42,8 @@ class Known:
         short: The look at a function, if a short one will do.
         pickled_again: ``True`` if only a new pickle shows whether the value has changed.
         is_large: The check takes too long for the scheduler's thread.
-        unsteady: The pickle differs each time: only identity can be compared.
+        unsteady_until_s: Until then, by the monotonic clock, only identity is compared: two
+            pickles have differed. They always do, or another thread has changed the values.
         spent_s: CPU time spent so far on finding out whether it has changed.
     """
 
@@ -57,7 +61,7 @@ class Known:
     short: PlainFunction | None
     pickled_again: bool
     is_large: bool
-    unsteady: bool = False
+    unsteady_until_s: float = 0.0
     spent_s: float = 0.0
     asked: int = 0
 
@@ -86,9 +90,12 @@ class Known:
         if self.pickled_again or (here and self.is_large) or not look.same_as(self.look):
             return False
         same = self.doubts is None or (
-            not self.unsteady and self._is_print_of(look.doubts, here=here)
+            not self._is_unsteady() and self._is_print_of(look.doubts, here=here)
         )
-        return same or (self.unsteady and tuple(map(id, values)) == self.ids)
+        return same or (self._is_unsteady() and tuple(map(id, values)) == self.ids)
+
+    def _is_unsteady(self) -> bool:
+        return time.monotonic() < self.unsteady_until_s
 
     def _is_print_of(self, doubts: list[object], *, here: bool) -> bool:
         before = time.thread_time()
@@ -113,12 +120,25 @@ class Known:
 
     def _has_print_of(self, doubts: list[object], *, here: bool) -> bool:
         assert self.doubts is not None
+        begun_s = time.monotonic()
         try:
             if here:
                 return self.doubts.is_of(trusted.dumps(exposed(doubts)))
             if self.doubts.is_of(print_of(doubts)[0]):
                 return True
-            self.unsteady = print_of(doubts)[0][0] != print_of(doubts)[0][0]
+            differs = print_of(doubts)[0][0] != print_of(doubts)[0][0]
+            if differs and not _is_pickled_without_code(doubts):
+                now_s = time.monotonic()
+                self.unsteady_until_s = now_s + _PAUSE * (now_s - begun_s)
         except Exception as error:  # noqa: BLE001 -- user code; it is pickled again, and raises there
             let_handlers_pass(error)
         return False
+
+
+def _is_pickled_without_code(doubts: list[object]) -> bool:
+    """Tell whether only another thread can make two pickles differ."""
+    try:
+        trusted.dumps(exposed(doubts))
+    except trusted.UntrustedError:
+        return False
+    return True
